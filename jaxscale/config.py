@@ -1,0 +1,322 @@
+"""Every knob of jaxscale, stated once: its type, default, unit and limits.
+
+A `Config` is a tree of frozen dataclasses, one per section; each function takes the smallest section
+it needs. `validate` checks what can be checked without devices. Reading config files, command-line
+overrides and JSON is `config_source.py`'s work.
+"""
+
+import dataclasses
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A user's mistake, in one line that names the knob, its value and the remedy. Exit code 2."""
+
+
+def knob(
+    default: Any,
+    doc: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    free: bool = False,
+) -> Any:
+    """Declare a knob. `free` knobs may change when a run resumes; the others define the run."""
+    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and arithmetic of the decoder."""
+
+    num_layers: int = knob(8, "transformer blocks", minimum=1)
+    width: int = knob(128, "features of the residual stream", minimum=1)
+    num_heads: int = knob(8, "query heads", minimum=1)
+    num_kv_heads: int = knob(0, "key/value heads; 0 = num_heads", minimum=0)
+    head_dim: int = knob(0, "features per head; 0 = width / num_heads", minimum=0)
+    hidden: int = knob(384, "features inside the MLP", minimum=1)
+    vocab_size: int = knob(384, "rows of the embedding; at least the tokenizer's size", minimum=2)
+    max_length: int = knob(0, "rows of learned positions, tokens; 0 = data.length", minimum=0)
+    block: str = knob("serial", "attention before or beside the MLP", choices=("serial", "parallel"))
+    norm: str = knob("rmsnorm", "normalisation", choices=("rmsnorm", "layernorm"))
+    norm_epsilon: float = knob(1e-5, "added to the variance before its root", minimum=0)
+    mlp: str = knob("gated", "act(gate) * up, or act(up)", choices=("gated", "plain"))
+    activation: str = knob("silu", "MLP nonlinearity", choices=("silu", "gelu", "gelu_tanh", "relu"))
+    biases: str = knob("none", "which projections and norms have biases", choices=("none", "qkv", "all"))
+    positions: str = knob("rotary", "position encoding", choices=("rotary", "learned"))
+    rope_theta: float = knob(10_000.0, "base period of rotary positions", minimum=1)
+    rope_scaling: str = knob(
+        "none", "stretching of rotary positions", choices=("none", "linear", "llama3")
+    )
+    rope_factor: float = knob(1.0, "how much longer than rope_original_length", minimum=1)
+    rope_original_length: int = knob(8192, "context before stretching, tokens (llama3)", minimum=1)
+    qk_norm: bool = knob(False, "normalise queries and keys per head")
+    tie_embeddings: bool = knob(False, "the head reads the transposed embedding")
+    attention: str = knob("dense", "attention algorithm", choices=("dense",), free=True)
+    sequence_attention: str = knob(
+        "all_gather",
+        "how attention crosses the sequence axis",
+        choices=("all_gather",),
+        free=True,
+    )
+    compute_dtype: str = knob("bfloat16", "dtype of activations and gathered weights", choices=DTYPES)
+    param_dtype: str = knob("float32", "dtype of stored parameters", choices=DTYPES)
+    remat: str = knob(
+        "full",
+        "activations kept for the backward pass: all, block inputs, matmul outputs, or remat_names",
+        choices=("none", "full", "dots", "names"),
+        free=True,
+    )
+    remat_names: tuple[str, ...] = knob(
+        ("query", "key", "value", "context", "attention_out", "gate", "up"),
+        "named activations that remat=names keeps",
+        free=True,
+    )
+    scan_unroll: int = knob(1, "blocks per iteration of the layer scan", minimum=1, free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes, outermost first; 1 is off, and one axis may be -1 (what is left)."""
+
+    stage: int = knob(1, "pipeline stages", minimum=-1)
+    data: int = knob(-1, "replicas of the parameters", minimum=-1)
+    fsdp: int = knob(1, "shards of parameters, optimizer and batch", minimum=-1)
+    sequence: int = knob(1, "shards of the sequence length", minimum=-1)
+    tensor: int = knob(1, "shards of heads, hidden and vocabulary", minimum=-1)
+    num_slices: int = knob(1, "slices joined by the slow network; data or stage spans them", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RulesConfig:
+    """Mesh axes of each logical axis: names joined by commas, or None for not sharded."""
+
+    batch: str | None = knob("data,fsdp", "rows of a batch")
+    length: str | None = knob("sequence", "tokens of a sequence")
+    residual_length: str | None = knob("sequence", "tokens, between the blocks' matmuls")
+    width: str | None = knob(None, "features of the residual stream (activations)")
+    heads: str | None = knob("tensor", "query heads")
+    kv_heads: str | None = knob("tensor", "key/value heads")
+    head_dim: str | None = knob(None, "features per head")
+    hidden: str | None = knob("tensor", "features inside the MLP")
+    vocab: str | None = knob("tensor", "vocabulary of embedding and head")
+    embed: str | None = knob("fsdp", "width dimension of parameters")
+    optimizer_embed: str | None = knob("fsdp", "width dimension of optimizer state")
+    layers: str | None = knob("stage", "stacked blocks")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from and how batches are cut from them."""
+
+    source: str = knob("python_stdlib", "python_stdlib, synthetic, or files:GLOB of text")
+    tokenizer: str = knob("bytes", "bytes, or the path of a Hugging Face tokenizer.json")
+    length: int = knob(1024, "tokens per sequence", minimum=1)
+    validation_fraction: float = knob(0.05, "share of documents held apart", minimum=0)
+    document_mask: bool = knob(True, "tokens attend only within their document")
+    cache_dir: str = knob("", "folder of token caches; empty = ~/.cache/jaxscale/tokens", free=True)
+    prefetch_batches: int = knob(2, "batches held ready", minimum=1, free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The step and the loop."""
+
+    steps: int = knob(1000, "optimizer steps of the whole run (may grow on resume)", minimum=0, free=True)
+    global_batch_size: int = knob(
+        32, "sequences per step, over all devices and accumulation steps", minimum=1
+    )
+    accumulation_steps: int = knob(1, "microbatches whose gradients are summed", minimum=1, free=True)
+    seed: int = knob(0, "seed of initialisation and batch order", minimum=0)
+    loss_chunk_tokens: int = knob(
+        -1,
+        "tokens per device whose logits exist at once; 0 = all; -1 = 2048 if vocab_size >= 128000",
+        minimum=-1,
+        free=True,
+    )
+    gradient_reduce_dtype: str = knob("float32", "dtype gradients are summed in", choices=DTYPES)
+    stop_after_nonfinite: int = knob(
+        10, "end the run after so many skipped steps in a row", minimum=1, free=True
+    )
+    log_every: int = knob(10, "steps between metrics", minimum=1, free=True)
+    eval_every: int = knob(0, "steps between evaluations; 0 = only at the end", minimum=0, free=True)
+    eval_batches: int = knob(16, "batches per evaluation; 0 = the whole validation set", minimum=0, free=True)
+    sample_every: int = knob(0, "steps between text samples; 0 = never", minimum=0, free=True)
+    sample_prompt: str = knob("def ", "prompt of the text samples", free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The update rule and its schedule."""
+
+    name: str = knob("adamw", "update rule", choices=("adamw",))
+    learning_rate: float = knob(3e-4, "peak learning rate", minimum=0)
+    schedule: str = knob(
+        "cosine", "decay after warm-up", choices=("constant", "cosine", "linear", "wsd")
+    )
+    schedule_steps: int = knob(0, "steps the schedule spans; 0 = train.steps of the first run", minimum=0)
+    warmup_steps: int = knob(100, "steps of linear warm-up", minimum=0)
+    decay_fraction: float = knob(0.2, "wsd: last share of the schedule that decays", minimum=0)
+    final_fraction: float = knob(0.1, "learning rate at the end, as a share of the peak", minimum=0)
+    beta1: float = knob(0.9, "decay of the first moment", minimum=0)
+    beta2: float = knob(0.95, "decay of the second moment", minimum=0)
+    epsilon: float = knob(1e-8, "added to the root of the second moment", minimum=0)
+    weight_decay: float = knob(0.1, "decoupled decay of matrices (not norms, biases)", minimum=0)
+    clip_norm: float = knob(1.0, "largest global gradient norm; 0 = off", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, what to keep, where to start from."""
+
+    every_steps: int = knob(500, "steps between saves; the last step is always saved", minimum=1, free=True)
+    keep_last: int = knob(3, "newest checkpoints kept", minimum=1, free=True)
+    keep_every: int = knob(0, "also keep each multiple of so many steps; 0 = none", minimum=0, free=True)
+    restore_from: str = knob("", "workdir to continue from where this one is empty", free=True)
+    init_from: str = knob("", "workdir whose parameters alone are taken at step 0", free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """The machine around the step."""
+
+    compile_cache_dir: str = knob(
+        "", "folder of compiled programs; empty = ~/.cache/jaxscale/xla, none = off"
+    )
+    start_timeout_seconds: int = knob(120, "wait for all processes at start", minimum=1)
+    profile_steps: tuple[int, ...] = knob((), "first and last step of an xprof trace")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole of a run."""
+
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    rules: RulesConfig = RulesConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+# Sections whose every knob may change when a run resumes.
+FREE_SECTIONS = ("mesh", "rules", "runtime")
+
+
+def is_free(section: str, name: str) -> bool:
+    """Tell whether a knob may change when a run resumes."""
+    if section in FREE_SECTIONS:
+        return True
+    fields = {f.name: f for f in dataclasses.fields(getattr(Config(), section))}
+    return bool(fields[name].metadata["free"])
+
+
+def resolve(config: Config, previous: Config | None = None) -> Config:
+    """Fill in the knobs whose 0 or -1 means "as another knob says", and validate the result.
+
+    Args:
+      config: as the user gave it.
+      previous: resolved config of the run that goes on, whose schedule stays as it was.
+
+    Raises:
+      ConfigError: a knob is out of its limits or at odds with another.
+    """
+    _check_limits_of_all(config)
+    model, data, train = config.model, config.data, config.train
+    if not model.head_dim and model.width % model.num_heads:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads} does not divide model.width={model.width}; "
+            "set model.head_dim"
+        )
+    model = dataclasses.replace(
+        model,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim or model.width // model.num_heads,
+        max_length=model.max_length or data.length,
+    )
+    chunk = train.loss_chunk_tokens
+    train = dataclasses.replace(
+        train, loss_chunk_tokens=(2048 if model.vocab_size >= 128_000 else 0) if chunk < 0 else chunk
+    )
+    spanned = previous.optimizer.schedule_steps if previous else train.steps
+    optimizer = dataclasses.replace(
+        config.optimizer, schedule_steps=config.optimizer.schedule_steps or spanned
+    )
+    config = dataclasses.replace(config, model=model, train=train, optimizer=optimizer)
+    validate(config)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for the first knob that is out of its limits or at odds with another."""
+    _check_limits_of_all(config)
+    _check_model(config.model, config.data)
+    _check_loop(config)
+    _check_mesh(config.mesh)
+
+
+def _check_limits_of_all(config: Config) -> None:
+    for section in dataclasses.fields(config):
+        _check_limits(section.name, getattr(config, section.name))
+
+
+def _check_limits(section: str, values: Any) -> None:
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+        if choices and value not in choices:
+            raise ConfigError(f"{section}.{field.name}={value!r} is not one of {', '.join(choices)}")
+        if minimum is not None and not value >= minimum:
+            raise ConfigError(f"{section}.{field.name}={value} is too small; the least is {minimum}")
+
+
+def _check_model(model: ModelConfig, data: DataConfig) -> None:
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}"
+        )
+    if model.positions == "rotary" and model.head_dim % 2:
+        raise ConfigError(
+            f"model.head_dim={model.head_dim} is odd; rotary positions need pairs of features"
+        )
+    if model.positions == "learned" and 0 < model.max_length < data.length:
+        raise ConfigError(
+            f"data.length={data.length} exceeds model.max_length={model.max_length}; "
+            "raise model.max_length or use model.positions=rotary"
+        )
+
+
+def _check_loop(config: Config) -> None:
+    train, optimizer, profile = config.train, config.optimizer, config.runtime.profile_steps
+    if train.global_batch_size % train.accumulation_steps:
+        raise ConfigError(
+            f"train.accumulation_steps={train.accumulation_steps} does not divide "
+            f"train.global_batch_size={train.global_batch_size}"
+        )
+    if 0 < optimizer.schedule_steps < optimizer.warmup_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds "
+            f"optimizer.schedule_steps={optimizer.schedule_steps} (0 = train.steps); lower the warm-up"
+        )
+    if not 0 <= config.data.validation_fraction < 1:
+        raise ConfigError(
+            f"data.validation_fraction={config.data.validation_fraction} is not in [0, 1)"
+        )
+    if profile and (len(profile) != 2 or profile[0] > profile[1]):
+        raise ConfigError(f"runtime.profile_steps={profile} is not a first and a last step, like 10,12")
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    sizes = {f.name: getattr(mesh, f.name) for f in dataclasses.fields(mesh) if f.name != "num_slices"}
+    if 0 in sizes.values():
+        name = next(n for n, size in sizes.items() if size == 0)
+        raise ConfigError(f"mesh.{name}=0; use 1 for off or -1 for the rest of the devices")
+    rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise ConfigError(f"{' and '.join(rest)} are both -1; only one axis can take the rest")

@@ -1,0 +1,246 @@
+"""Windows and batches: from the token stream to what a step reads.
+
+A window is `length` tokens and their successors, at a multiple of `length` in the stream. The rows
+of a step are a function of the seed and the step alone; of them a process reads those that its
+devices hold, as the sharding says. Grain shuffles, and reads ahead in threads.
+
+B rows of a batch, L tokens of a row.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from jaxscale.config import ConfigError, DataConfig
+from jaxscale.data.token_cache import TRAIN, VALIDATION, TokenCache, TokenSplit
+
+# `tokens`, `targets`, `segments`: int32; `weights`: float32; each (B, L).
+HostBatch = dict[str, np.ndarray]
+Batch = dict[str, Any]
+
+READ_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The windows of a split, by number: a random-access source of rows for Grain.
+
+    Attributes:
+      length: Tokens of a window.
+      document_mask: Number the documents in `segments`, and give no weight to a document's first
+        token, which nothing before it foretells.
+    """
+
+    split: TokenSplit
+    length: int
+    document_mask: bool
+
+    def __len__(self) -> int:
+        return max(0, self.split.num_tokens - 1) // self.length
+
+    def __getitem__(self, index: int) -> HostBatch:
+        start = index * self.length
+        tokens = self.split.read(start, start + self.length + 1)
+        first_of_document = np.zeros(self.length, np.int32)
+        weights = np.ones(self.length, np.float32)
+        if self.document_mask:
+            offsets = self._document_offsets(start)
+            weights[offsets - 1] = 0
+            first_of_document[offsets[offsets < self.length]] = 1
+        return {
+            "tokens": tokens[:-1],
+            "targets": tokens[1:],
+            "segments": 1 + np.cumsum(first_of_document, dtype=np.int32),
+            "weights": weights,
+        }
+
+    def check_not_empty(self) -> None:
+        """Raise ConfigError for a split that is shorter than one window."""
+        if len(self):
+            return
+        remedy = "lower it or give more text"
+        if self.split.name == VALIDATION:
+            remedy = "lower it, give more text, or raise data.validation_fraction"
+        raise ConfigError(
+            f"data.length={self.length} needs {self.length + 1} tokens, and the {self.split.name} "
+            f"split holds {self.split.num_tokens}; {remedy}"
+        )
+
+    def _document_offsets(self, start: int) -> np.ndarray:
+        """Return the offsets, in 1..length, at which documents begin in the window at `start`."""
+        starts = self.split.document_starts
+        first, last = np.searchsorted(starts, [start + 1, start + self.length + 1])
+        return np.asarray(starts[first:last]) - start
+
+    def text_bytes(self, num_windows: int) -> float:
+        """Return the UTF-8 bytes of the weighted targets of the first windows: for bits per byte.
+
+        bytes = (targets with weight that are not `eos`) x (bytes of the split) / (tokens of the
+        split that are not `eos`); with the byte tokenizer the ratio is 1 and the count exact.
+        """
+        stop = num_windows * self.length
+        starts = self.split.document_starts
+        # Targets stand at positions 1..stop; an `eos` stands before each start, and at the end.
+        num_eos = np.searchsorted(starts, stop + 1, side="right") - 1
+        num_eos += stop == self.split.num_tokens - 1
+        num_unweighted = np.searchsorted(starts, stop, side="right") - 1
+        targets = stop - num_eos - (num_unweighted if self.document_mask else 0)
+        text_tokens = self.split.num_tokens - self.split.num_documents
+        return float(targets * self.split.num_bytes / text_tokens)
+
+
+class Loader:
+    """Batches of a token cache for one run.
+
+    Attributes:
+      windows: The training windows.
+      validation_windows: The windows held apart; none where the cache holds nothing apart.
+      local_rows: Rows of each global batch that this process reads, rising.
+    """
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        data: DataConfig,
+        *,
+        global_batch_size: int,
+        seed: int,
+        sharding: jax.sharding.Sharding | None = None,
+    ) -> None:
+        """Open the splits.
+
+        Args:
+          cache: The tokens.
+          data: Of it, length, document_mask and prefetch_batches count.
+          global_batch_size: Rows of a batch over all processes, B.
+          seed: Decides the order of the training windows.
+          sharding: Of a (B, L) array, over the devices of all processes; None gives numpy arrays.
+
+        Raises:
+          ConfigError: the training split is shorter than a window.
+        """
+        self._data, self._sharding = data, sharding
+        self._shape = (global_batch_size, data.length)
+        self.windows = Windows(cache.split(TRAIN), data.length, data.document_mask)
+        self.validation_windows = Windows(cache.split(VALIDATION), data.length, data.document_mask)
+        self.windows.check_not_empty()
+        self._examples = grain.MapDataset.source(self.windows).seed(seed).shuffle().repeat()
+        self.local_rows = _local_rows(sharding, self._shape)
+
+    def batches(self, start_step: int = 0) -> Generator[Batch]:
+        """Yield the training batches from `start_step` on, without end.
+
+        Closing the iterator, or dropping it, ends its threads.
+        """
+        return self._read_ahead(self._training_row, start=start_step, stop=sys.maxsize)
+
+    def rows(self, step: int) -> HostBatch:
+        """Return the whole global batch of a step, read on this host."""
+        everything = np.arange(self._shape[0])
+        return _HostBatches(self._training_row, everything, *self._shape)[step]
+
+    def evaluation_batches(self, num_batches: int = 0) -> Generator[Batch]:
+        """Yield the validation windows in order, each once; 0 batches are all of them.
+
+        The last batch is filled up with rows of weight 0.
+
+        Raises:
+          ConfigError: the validation split is shorter than a window.
+        """
+        self.validation_windows.check_not_empty()
+        stop = -(-self.num_evaluation_windows(num_batches) // self._shape[0])
+        return self._read_ahead(self._validation_row, start=0, stop=stop)
+
+    def num_evaluation_windows(self, num_batches: int = 0) -> int:
+        """Return how many windows `evaluation_batches(num_batches)` covers."""
+        total = len(self.validation_windows)
+        return min(total, num_batches * self._shape[0]) if num_batches else total
+
+    def _training_row(self, index: int) -> HostBatch:
+        row: HostBatch = self._examples[index]
+        return row
+
+    def _validation_row(self, index: int) -> HostBatch:
+        if index < len(self.validation_windows):
+            return self.validation_windows[index]
+        empty = {name: np.zeros(self._shape[1], np.int32) for name in ("tokens", "targets")}
+        return {
+            **empty,
+            "segments": np.ones(self._shape[1], np.int32),
+            "weights": np.zeros(self._shape[1], np.float32),
+        }
+
+    def _read_ahead(
+        self, row_at: Callable[[int], HostBatch], *, start: int, stop: int
+    ) -> Generator[Batch]:
+        """Read batches in threads and place each on the devices while the one before is used."""
+        source = _HostBatches(row_at, self.local_rows, *self._shape)
+        prefetch = self._data.prefetch_batches
+        options = grain.ReadOptions(
+            num_threads=min(READ_THREADS, prefetch), prefetch_buffer_size=prefetch
+        )
+        reader = iter(grain.MapDataset.source(source)[start:stop].to_iter_dataset(options))
+        with contextlib.closing(reader):
+            placed = self._place(next(reader))
+            for host_batch in reader:
+                following = self._place(host_batch)
+                yield placed
+                placed = following
+            yield placed
+
+    def _place(self, host_batch: HostBatch) -> Batch:
+        sharding, rows = self._sharding, self.local_rows
+        if sharding is None:
+            return dict(host_batch)
+
+        def place(array: np.ndarray) -> jax.Array:
+            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                wanted = np.arange(self._shape[0])[index[0]]
+                return array[np.searchsorted(rows, wanted)][:, index[1]]
+
+            return jax.make_array_from_callback(self._shape, sharding, shard)
+
+        return {name: place(array) for name, array in host_batch.items()}
+
+
+def batch_hash(batch: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of a host batch: equal for equal bytes under equal names."""
+    digest = hashlib.sha256()
+    for name in sorted(batch):
+        array = np.ascontiguousarray(batch[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostBatches:
+    """This host's rows of each batch, by number of the batch: a source for Grain."""
+
+    row_at: Callable[[int], HostBatch]
+    local_rows: np.ndarray
+    batch_size: int
+    length: int
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, batch: int) -> HostBatch:
+        rows = [self.row_at(batch * self.batch_size + int(row)) for row in self.local_rows]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _local_rows(sharding: jax.sharding.Sharding | None, shape: tuple[int, int]) -> np.ndarray:
+    """Return the rows of the global batch that this process's devices hold, rising."""
+    every = np.arange(shape[0])
+    if sharding is None:
+        return every
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return np.unique(np.concatenate([every[index[0]] for index in indices if index is not None]))

@@ -1,0 +1,325 @@
+"""Tokenize a corpus, once, into a token cache.
+
+The cache's folder is named by what goes into it, so that the same words find it again and other
+words never do. The corpus is cut into shards; each is the work of one process and depends on its
+documents alone. The verb `prepare` and `train` call this.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import time
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.synchronize import Event
+
+from jaxscale.config import ConfigError, DataConfig
+from jaxscale.data import token_cache
+from jaxscale.data.sources import Source, open_source
+from jaxscale.data.token_cache import TRAIN, VALIDATION, Shard, ShardWriter, TokenCache
+from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
+
+SHARD_BYTES = 2 * 2**20
+MAX_SHARDS = 1024
+# Below so much text, starting processes takes longer than they save.
+IN_LINE_BYTES = 8 * 2**20
+IN_LINE_BYTES_OF_BYTES = 256 * 2**20
+# Documents whose hash is below validation_fraction of this are held apart.
+HASH_LIMIT = 2**64
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitCounts:
+    """What a split holds: `bytes` are of text, `tokens` include one `eos` per document."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareResult:
+    """A token cache that is ready.
+
+    Attributes:
+      path: Its folder.
+      reused: Whether it was there already.
+      skipped_documents: Documents left out, being empty or not UTF-8.
+      seconds: Time this call took.
+    """
+
+    path: pathlib.Path
+    reused: bool
+    train: SplitCounts
+    validation: SplitCounts
+    skipped_documents: int
+    seconds: float
+
+
+def prepare(
+    data: DataConfig,
+    *,
+    workers: int = 0,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> PrepareResult:
+    """Make the token cache of `data.source` and `data.tokenizer`, or find it.
+
+    Several processes may prepare the same cache at once: the first to finish wins.
+
+    Args:
+      data: Of it, source, tokenizer, validation_fraction and cache_dir count.
+      workers: Processes; 0 takes as many as pay, 1 works in this one.
+      progress: Called with the documents done and the documents in all.
+      force: Write the cache again where it exists.
+
+    Raises:
+      ConfigError: the corpus, the tokenizer or the cache cannot be used.
+    """
+    started = time.perf_counter()
+    root = _cache_root(data)
+    tokenizer = load_tokenizer(data.tokenizer)
+    source = open_source(data.source, cache_dir=root / "sources")
+    path = root / _folder_name(data, source, tokenizer)
+    reused = path.exists() and not force
+    if not reused:
+        with token_cache.written_whole(path, replace=force) as folder:
+            work = Work(source, tokenizer, folder, int(data.validation_fraction * HASH_LIMIT))
+            _write_cache(data, work, workers=workers, progress=progress)
+    index = TokenCache(path).index
+    counts = {
+        name: SplitCounts(entry["documents"], entry["tokens"], entry["bytes"])
+        for name, entry in index["splits"].items()
+    }
+    return PrepareResult(
+        path=path,
+        reused=reused,
+        **counts,
+        skipped_documents=index["skipped_documents"],
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _cache_root(data: DataConfig) -> pathlib.Path:
+    if "://" in data.cache_dir:
+        raise ConfigError(
+            f"data.cache_dir={data.cache_dir} is not a local folder; token caches are read at "
+            "random, so mount the bucket or name a local disk"
+        )
+    root = pathlib.Path(data.cache_dir).expanduser().absolute()
+    if not data.cache_dir:
+        from jaxscale import runtime  # brings JAX, which worker processes do without
+
+        root = runtime.cache_root() / "tokens"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(data, root, error) from error
+    if not os.access(root, os.W_OK):
+        raise _unwritable(data, root, PermissionError("not writable"))
+    return root
+
+
+def _unwritable(data: DataConfig, root: pathlib.Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"data.cache_dir={data.cache_dir!r}: {root} cannot be written "
+        f"({error.strerror or error}); set data.cache_dir to a folder of your own"
+    )
+
+
+def _folder_name(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+    words = [
+        token_cache.FORMAT,
+        data.source,
+        source.fingerprint,
+        tokenizer.fingerprint,
+        data.validation_fraction,
+    ]
+    kind = data.source.partition(":")[0]
+    return f"{kind}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the shards of one corpus have in common.
+
+    Attributes:
+      folder: Where their files go.
+      validation_below: Documents whose hash is less are held apart.
+    """
+
+    source: Source
+    tokenizer: Tokenizer
+    folder: pathlib.Path
+    validation_below: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DoneShard:
+    """What became of one range of documents."""
+
+    splits: dict[str, Shard]
+    num_skipped: int
+    hashes: tuple[int, ...]
+
+
+def _write_cache(data: DataConfig, work: Work, *, workers: int, progress: Progress | None) -> None:
+    done = _write_shards(data, work, workers=workers, progress=progress)
+    hashes = {value for shard in done for value in shard.hashes}
+    limit = _validation_limit(data, work.validation_below, hashes)
+    if limit != work.validation_below:
+        shutil.rmtree(work.folder)
+        work.folder.mkdir()
+        work = dataclasses.replace(work, validation_below=limit)
+        done = _write_shards(data, work, workers=workers, progress=progress)
+    token_cache.write_index(
+        work.folder,
+        {name: [d.splits[name] for d in done if name in d.splits] for name in token_cache.SPLITS},
+        header={
+            "source": data.source,
+            "source_fingerprint": work.source.fingerprint,
+            "tokenizer": data.tokenizer,
+            "tokenizer_fingerprint": work.tokenizer.fingerprint,
+            "vocab_size": work.tokenizer.size,
+            "eos_id": work.tokenizer.eos_id,
+            "dtype": token_cache.token_dtype(work.tokenizer.size).str,
+            "validation_fraction": data.validation_fraction,
+            "skipped_documents": sum(d.num_skipped for d in done),
+        },
+        tokenizer_json=work.tokenizer.to_json(),
+    )
+
+
+def _validation_limit(data: DataConfig, limit: int, hashes: set[int]) -> int:
+    """Move the limit, where it must, past one document, so that no split stays empty."""
+    if not hashes:
+        raise ConfigError(
+            f"data.source={data.source!r} holds no UTF-8 text; name other files, "
+            "or use data.source=python_stdlib"
+        )
+    if not data.validation_fraction:
+        return limit
+    lowest, highest = min(hashes), max(hashes)
+    if lowest == highest:
+        raise ConfigError(
+            f"data.validation_fraction={data.validation_fraction} holds documents apart, but "
+            f"data.source={data.source!r} is a single one; split it into files, "
+            "or set data.validation_fraction=0"
+        )
+    return min(max(limit, lowest + 1), highest)
+
+
+def _write_shards(
+    data: DataConfig, work: Work, *, workers: int, progress: Progress | None
+) -> list[DoneShard]:
+    """Write all shards and return them in the order of their documents."""
+    ranges = shard_ranges(work.source)
+    if not workers:
+        limit = IN_LINE_BYTES_OF_BYTES if data.tokenizer == "bytes" else IN_LINE_BYTES
+        workers = 1 if work.source.num_bytes <= limit else os.cpu_count() or 1
+    workers = min(workers, len(ranges))
+    run = _run_in_line(work, ranges) if workers == 1 else _run_in_processes(work, ranges, workers)
+    done: dict[int, DoneShard] = {}
+    num_documents = 0
+    with contextlib.closing(run):
+        for number, shard in run:
+            done[number] = shard
+            num_documents += len(ranges[number])
+            if progress is not None:
+                progress(num_documents, len(work.source))
+    return [done[number] for number in sorted(done)]
+
+
+def shard_ranges(source: Source) -> list[range]:
+    """Divide the documents into consecutive ranges, by the corpus alone and not by the workers."""
+    total = len(source)
+    num_shards = max(1, min(total, MAX_SHARDS, source.num_bytes // SHARD_BYTES))
+    edges = [total * i // num_shards for i in range(num_shards + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def write_shard(
+    work: Work, number: int, documents: range, *, stop: Event | None = None
+) -> DoneShard:
+    """Tokenize a range of documents into the files of shard `number`, one per split.
+
+    It depends on nothing but its arguments: a prepare that resumes would skip the shards it has.
+    """
+    dtype = token_cache.token_dtype(work.tokenizer.size)
+    writers = {
+        name: ShardWriter(
+            work.folder / f"{name}-{number:05d}.array_record", work.tokenizer.eos_id, dtype
+        )
+        for name in token_cache.SPLITS
+    }
+    hashes, num_skipped = [], 0
+    for index in documents:
+        if stop is not None and stop.is_set():
+            break
+        document = work.source[index]
+        ids = work.tokenizer.encode(document.text if document is not None else "")
+        if document is None or not len(ids):
+            num_skipped += 1
+            continue
+        text = document.text.encode()
+        # By content, so that copies of a document are never on both sides.
+        hashes.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"))
+        name = VALIDATION if hashes[-1] < work.validation_below else TRAIN
+        writers[name].add(ids, text_bytes=len(text))
+    shards = {name: writer.close() for name, writer in writers.items()}
+    return DoneShard(
+        splits={name: shard for name, shard in shards.items() if shard is not None},
+        num_skipped=num_skipped,
+        hashes=(min(hashes), max(hashes)) if hashes else (),
+    )
+
+
+def _run_in_line(work: Work, ranges: Sequence[range]) -> Generator[tuple[int, DoneShard]]:
+    for number, documents in enumerate(ranges):
+        yield number, write_shard(work, number, documents)
+
+
+def _run_in_processes(
+    work: Work, ranges: Sequence[range], workers: int
+) -> Generator[tuple[int, DoneShard]]:
+    """Yield shards as they are done. When the caller stops early, the workers stop too."""
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_start_worker, initargs=(work, stop)
+    ) as pool:
+        try:
+            futures = {
+                pool.submit(_write_shard_in_worker, number, documents): number
+                for number, documents in enumerate(ranges)
+            }
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+# In a worker process: what its shards have in common, sent once instead of with each shard.
+_in_worker: tuple[Work, Event]
+
+
+def _start_worker(work: Work, stop: Event) -> None:
+    global _in_worker
+    _in_worker = work, stop
+    # Ctrl-C reaches the whole group; the parent alone answers, through `stop`.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _write_shard_in_worker(number: int, documents: range) -> DoneShard:
+    work, stop = _in_worker
+    return write_shard(work, number, documents, stop=stop)

@@ -1,0 +1,291 @@
+"""The token cache: a corpus as one long stream of token ids per split, on disk.
+
+    FOLDER/index.json                what it was made from, counts, size and SHA-256 of each file
+           tokenizer.json            the tokenizer it was made with
+           SPLIT-00000.array_record  records of CHUNK_TOKENS ids; the last of a shard is shorter
+           SPLIT-documents.npy       where each document starts in the stream, int64
+
+It knows nothing of sequence lengths, so that any length reads it. `prepare` writes it.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+
+from jaxscale import records
+from jaxscale.config import ConfigError
+
+FORMAT = 1
+INDEX_FILE = "index.json"
+TOKENIZER_FILE = "tokenizer.json"
+TRAIN, VALIDATION = SPLITS = ("train", "validation")
+# 32 KiB of 16-bit ids: some 50 microseconds to read at random, and still compressed well.
+CHUNK_TOKENS = 16 * 1024
+WRITER_OPTIONS = "group_size:1,zstd:1"
+# Below this size all checksums are verified whenever a cache is opened.
+SMALL_CACHE_BYTES = 256 * 2**20
+
+
+class TokenCache:
+    """A token cache, opened and checked; it can be pickled and shared between threads.
+
+    Attributes:
+      path: Its folder.
+      index: The content of index.json.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: str = "auto") -> None:
+        """Open a cache.
+
+        Args:
+          path: The folder.
+          verify: `sizes` of all files, `full` for their checksums too, or `auto`: full when small.
+
+        Raises:
+          ConfigError: a file is missing or is not what index.json says.
+        """
+        self.path = pathlib.Path(path)
+        self.index = _read_index(self.path)
+        files: dict[str, dict[str, Any]] = self.index["files"]
+        total = sum(file["bytes"] for file in files.values())
+        full = verify == "full" or (verify == "auto" and total <= SMALL_CACHE_BYTES)
+        for name, expected in files.items():
+            _check_file(self.path, name, expected, full=full)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(TokenCache, verify="sizes"), (self.path,)
+
+    def split(self, name: str) -> "TokenSplit":
+        """Return the stream of `train` or `validation`."""
+        return TokenSplit(self, name)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the checksums of all files: equal for equal caches, wherever they are."""
+        return hashlib.sha256(json.dumps(self.index["files"], sort_keys=True).encode()).hexdigest()
+
+
+class TokenSplit:
+    """The token stream of one split: documents one after the other, each followed by `eos`.
+
+    Attributes:
+      num_tokens: Length of the stream, with the `eos` of every document.
+      num_bytes: Bytes of the text, in UTF-8.
+      num_documents: Documents in it.
+      document_starts: Position of the first token of each, int64, rising.
+    """
+
+    def __init__(self, cache: TokenCache, name: str) -> None:
+        entry = cache.index["splits"][name]
+        self._cache, self.name = cache, name
+        self.num_tokens: int = entry["tokens"]
+        self.num_bytes: int = entry["bytes"]
+        self.num_documents: int = entry["documents"]
+        self.document_starts: np.ndarray = np.load(cache.path / entry["document_starts"], "r")
+        self._dtype = np.dtype(cache.index["dtype"])
+        self._chunk: int = cache.index["chunk_tokens"]
+        shards = [shard["tokens"] for shard in entry["shards"]]
+        num_records = [-(-tokens // self._chunk) for tokens in shards]
+        self._token_starts = list(itertools.accumulate(shards, initial=0))
+        self._record_starts = list(itertools.accumulate(num_records, initial=0))
+        # The range of records saves opening every shard at once; readers open on first use.
+        paths = [
+            f"{cache.path / shard['file']}[0:{count}]"
+            for shard, count in zip(entry["shards"], num_records, strict=True)
+        ]
+        self._records = array_record_data_source.ArrayRecordDataSource(paths) if paths else []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenSplit, (self._cache, self.name)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the ids at positions [start, stop) of the stream, int32."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"[{start}, {stop}) is not within {self.num_tokens} tokens")
+        ids = np.empty(stop - start, np.int32)
+        done = 0
+        while done < len(ids):
+            record, offset = self._locate(start + done)
+            chunk = np.frombuffer(self._records[record], self._dtype)[offset:]
+            chunk = chunk[: len(ids) - done]
+            ids[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        return ids
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return the record that holds a position of the stream, and the offset inside it."""
+        shard = bisect.bisect_right(self._token_starts, position) - 1
+        record, offset = divmod(position - self._token_starts[shard], self._chunk)
+        return self._record_starts[shard] + record, offset
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One written file of a split, and what stands in it."""
+
+    file: str
+    tokens: int
+    text_bytes: int
+    document_starts: np.ndarray
+    file_bytes: int
+    sha256: str
+
+
+class ShardWriter:
+    """Writes documents into one shard of one split, holding no more than a chunk in memory."""
+
+    def __init__(self, path: pathlib.Path, eos_id: int, dtype: np.dtype) -> None:
+        self._path, self._eos_id, self._dtype = path, eos_id, dtype
+        self._writer: Any = None
+        self._pending = np.empty(0, dtype)
+        self._document_starts: list[int] = []
+        self._num_tokens = self._text_bytes = 0
+
+    def add(self, ids: np.ndarray, *, text_bytes: int) -> None:
+        """Append a document and its `eos`."""
+        self._document_starts.append(self._num_tokens)
+        self._num_tokens += len(ids) + 1
+        self._text_bytes += text_bytes
+        document = np.append(ids, self._eos_id).astype(self._dtype)
+        self._pending = np.concatenate([self._pending, document])
+        whole = len(self._pending) - len(self._pending) % CHUNK_TOKENS
+        self._write(self._pending[:whole])
+        self._pending = self._pending[whole:]
+
+    def close(self) -> Shard | None:
+        """Finish the file; a shard without documents has none."""
+        self._write(self._pending)
+        if self._writer is None:
+            return None
+        self._writer.close()
+        return Shard(
+            file=self._path.name,
+            tokens=self._num_tokens,
+            text_bytes=self._text_bytes,
+            document_starts=np.array(self._document_starts, np.int64),
+            file_bytes=self._path.stat().st_size,
+            sha256=_sha256(self._path),
+        )
+
+    def _write(self, ids: np.ndarray) -> None:
+        for start in range(0, len(ids), CHUNK_TOKENS):
+            if self._writer is None:
+                self._writer = array_record_module.ArrayRecordWriter(
+                    str(self._path), WRITER_OPTIONS
+                )
+            self._writer.write(ids[start : start + CHUNK_TOKENS].tobytes())
+
+
+def token_dtype(num_ids: int) -> np.dtype:
+    """Return the smallest unsigned integer that holds the ids of a tokenizer of this size."""
+    return np.dtype("<u2" if num_ids <= 2**16 else "<u4")
+
+
+def write_index(
+    folder: pathlib.Path,
+    splits: Mapping[str, Sequence[Shard]],
+    *,
+    header: Mapping[str, Any],
+    tokenizer_json: str,
+) -> None:
+    """Complete a folder of shards, in stream order, to a token cache; `header` joins index.json."""
+    (folder / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+    files = {TOKENIZER_FILE: _file_entry(folder / TOKENIZER_FILE)}
+    entries = {}
+    for name, shards in splits.items():
+        offsets = itertools.accumulate((shard.tokens for shard in shards), initial=0)
+        starts = [s.document_starts + offset for s, offset in zip(shards, offsets, strict=False)]
+        starts_file = f"{name}-documents.npy"
+        np.save(folder / starts_file, np.concatenate([np.empty(0, np.int64), *starts]))
+        files[starts_file] = _file_entry(folder / starts_file)
+        files |= {s.file: {"bytes": s.file_bytes, "sha256": s.sha256} for s in shards}
+        entries[name] = {
+            "documents": sum(len(s.document_starts) for s in shards),
+            "tokens": sum(s.tokens for s in shards),
+            "bytes": sum(s.text_bytes for s in shards),
+            "document_starts": starts_file,
+            "shards": [{"file": s.file, "tokens": s.tokens} for s in shards],
+        }
+    index = {
+        "format": FORMAT,
+        "kind": "token_cache",
+        "created": records.now(),
+        **header,
+        "chunk_tokens": CHUNK_TOKENS,
+        "splits": entries,
+        "files": files,
+    }
+    records.write_json(folder / INDEX_FILE, index)
+
+
+@contextlib.contextmanager
+def written_whole(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
+    """Yield a new folder beside `path` that takes its place at the end, or vanishes on an error.
+
+    Where another process was first, its folder stays and this one is dropped, unless `replace`.
+    """
+    unique = uuid.uuid4().hex[:12]
+    partial = path.with_name(f".{path.name}.{unique}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if replace and path.exists():
+            path.rename(path.with_name(f".{path.name}.{unique}.old"))
+        try:
+            partial.rename(path)
+        except OSError:
+            if not (path / INDEX_FILE).exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(path.with_name(f".{path.name}.{unique}.old"), ignore_errors=True)
+
+
+def _read_index(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = records.read_json(path / INDEX_FILE)
+        found = index["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damage(path, INDEX_FILE, f"cannot be read ({type(error).__name__})") from error
+    if found != FORMAT:
+        raise _damage(path, INDEX_FILE, f"is of format {found}, not {FORMAT}")
+    return index
+
+
+def _check_file(folder: pathlib.Path, name: str, expected: dict[str, Any], *, full: bool) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise _damage(folder, name, "is missing")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise _damage(folder, name, f"has {size} bytes instead of {expected['bytes']}")
+    if full and _sha256(path) != expected["sha256"]:
+        raise _damage(folder, name, "has another checksum than when it was written")
+
+
+def _damage(folder: pathlib.Path, name: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"token cache {folder}: {name} {what}; delete that folder, or prepare it again with force"
+    )
+
+
+def _file_entry(path: pathlib.Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

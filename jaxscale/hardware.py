@@ -1,0 +1,196 @@
+"""The chip table: what one accelerator can compute, hold and move, as published by its vendor.
+
+Data only, without JAX, so that planners and reports can read it anywhere. All figures are per chip
+and dense (no sparsity); the comment beside each row names the pages that they come from.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One accelerator chip. `name` is also the prefix of its topology names, as in "v5e:4x4"."""
+
+    name: str
+    # The strings that `jax.Device.device_kind` gives for it.
+    device_kinds: tuple[str, ...]
+    # JAX devices on a chip: 1, or its number of cores where each core is a device.
+    devices_per_chip: int = 1
+    chips_per_host: int
+    hbm_bytes: int
+    hbm_bytes_per_second: float
+    bf16_flops_per_second: float
+    # The fast network inside a slice or node (ICI, NVLink): one link, one way.
+    ici_link_bytes_per_second: float
+    ici_links: int
+    # Dimensions of the torus that the links form; 0 where a switch joins them.
+    torus_dims: int
+    # The slow network between slices or nodes, one way.
+    dcn_bytes_per_second_per_host: float
+    # Matrix units of the chip and their side, where published.
+    num_mxus: int | None = None
+    mxu_size: int | None = None
+
+    @property
+    def bf16_flops_per_second_per_device(self) -> float:
+        """Peak of what JAX calls a device, which may be a part of the chip."""
+        return self.bf16_flops_per_second / self.devices_per_chip
+
+    @property
+    def hbm_bytes_per_device(self) -> int:
+        """Memory of what JAX calls a device."""
+        return self.hbm_bytes // self.devices_per_chip
+
+
+# HBM, FLOP/s, network per host: cloud.google.com/tpu/docs, the page of the chip's name.
+# ICI per link: jax-ml.github.io/scaling-book "How to Think About TPUs". MXUs: jax tpu_info.py.
+TPUS = (
+    Chip(
+        name="v4",
+        device_kinds=("TPU v4",),
+        chips_per_host=4,
+        hbm_bytes=32 * GIB,
+        hbm_bytes_per_second=1.2e12,
+        bf16_flops_per_second=275e12,
+        ici_link_bytes_per_second=45e9,
+        ici_links=6,
+        torus_dims=3,
+        dcn_bytes_per_second_per_host=25e9,  # scaling-book; the chip's own page is silent
+        num_mxus=8,
+        mxu_size=128,
+    ),
+    Chip(
+        name="v5e",
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        chips_per_host=8,
+        hbm_bytes=16 * GIB,
+        hbm_bytes_per_second=819e9,
+        bf16_flops_per_second=197e12,
+        ici_link_bytes_per_second=45e9,
+        ici_links=4,
+        torus_dims=2,
+        dcn_bytes_per_second_per_host=25e9,  # page "TPU v6e", which compares: 2 x 100 Gb/s
+        num_mxus=4,
+        mxu_size=128,
+    ),
+    Chip(
+        name="v5p",
+        device_kinds=("TPU v5", "TPU v5p"),
+        chips_per_host=4,
+        hbm_bytes=95 * GIB,
+        hbm_bytes_per_second=2.765e12,
+        bf16_flops_per_second=459e12,
+        ici_link_bytes_per_second=90e9,
+        ici_links=6,
+        torus_dims=3,
+        dcn_bytes_per_second_per_host=25e9,  # 50 Gb/s per chip
+        num_mxus=8,
+        mxu_size=128,
+    ),
+    Chip(
+        name="v6e",
+        device_kinds=("TPU v6 lite", "TPU v6e"),
+        chips_per_host=8,
+        hbm_bytes=32 * GIB,
+        hbm_bytes_per_second=1.638e12,  # page "TPU7x", which compares
+        bf16_flops_per_second=918e12,
+        ici_link_bytes_per_second=90e9,
+        ici_links=4,
+        torus_dims=2,
+        dcn_bytes_per_second_per_host=100e9,  # 4 x 200 Gb/s
+        num_mxus=2,
+        mxu_size=256,
+    ),
+    Chip(
+        name="tpu7x",
+        device_kinds=("TPU7x", "TPU7"),
+        devices_per_chip=2,
+        chips_per_host=4,
+        hbm_bytes=192 * GIB,
+        hbm_bytes_per_second=7.38e12,
+        bf16_flops_per_second=2307e12,
+        ici_link_bytes_per_second=90e9,  # MaxText "custom_model": intensity 12800 over one axis
+        ici_links=6,
+        torus_dims=3,
+        dcn_bytes_per_second_per_host=50e9,  # 100 Gb/s per chip
+        num_mxus=4,
+        mxu_size=256,
+    ),
+)
+
+# Memory, FLOP/s and NVLink: the NVIDIA data sheet of the chip's name, SXM variant. Network: the data
+# sheet of the DGX system that carries eight of them.
+GPUS = (
+    Chip(
+        name="a100",
+        device_kinds=("NVIDIA A100-SXM4-80GB",),
+        chips_per_host=8,
+        hbm_bytes=80 * GIB,
+        hbm_bytes_per_second=2.039e12,
+        bf16_flops_per_second=312e12,
+        ici_link_bytes_per_second=25e9,
+        ici_links=12,
+        torus_dims=0,
+        dcn_bytes_per_second_per_host=200e9,  # 8 x 200 Gb/s
+    ),
+    Chip(
+        name="a100-40gb",
+        device_kinds=("NVIDIA A100-SXM4-40GB",),
+        chips_per_host=8,
+        hbm_bytes=40 * GIB,
+        hbm_bytes_per_second=1.555e12,
+        bf16_flops_per_second=312e12,
+        ici_link_bytes_per_second=25e9,
+        ici_links=12,
+        torus_dims=0,
+        dcn_bytes_per_second_per_host=200e9,
+    ),
+    Chip(
+        name="h100",
+        device_kinds=("NVIDIA H100 80GB HBM3",),
+        chips_per_host=8,
+        hbm_bytes=80 * GIB,
+        hbm_bytes_per_second=3.35e12,
+        bf16_flops_per_second=989e12,
+        ici_link_bytes_per_second=25e9,
+        ici_links=18,
+        torus_dims=0,
+        dcn_bytes_per_second_per_host=400e9,  # 8 x 400 Gb/s
+    ),
+    Chip(
+        name="h200",
+        device_kinds=("NVIDIA H200",),
+        chips_per_host=8,
+        hbm_bytes=141 * GIB,
+        hbm_bytes_per_second=4.8e12,
+        bf16_flops_per_second=989e12,
+        ici_link_bytes_per_second=25e9,
+        ici_links=18,
+        torus_dims=0,
+        dcn_bytes_per_second_per_host=400e9,
+    ),
+    Chip(
+        name="b200",
+        device_kinds=("NVIDIA B200",),
+        chips_per_host=8,
+        hbm_bytes=180 * GIB,
+        hbm_bytes_per_second=8e12,
+        bf16_flops_per_second=2250e12,
+        ici_link_bytes_per_second=50e9,
+        ici_links=18,
+        torus_dims=0,
+        dcn_bytes_per_second_per_host=400e9,
+    ),
+)
+
+CHIPS = {chip.name: chip for chip in TPUS + GPUS}
+
+
+def chip_for(device_kind: str) -> Chip | None:
+    """Return the chip behind a `jax.Device.device_kind`; None if the table lacks it, as for a CPU."""
+    for chip in CHIPS.values():
+        if device_kind in chip.device_kinds:
+            return chip
+    return None

@@ -1,0 +1,1 @@
+"""The decoder: layers, attention, loss, cache, and what it costs."""

@@ -1,0 +1,1 @@
+"""Attention algorithms; `dense` is the reference that the others must equal."""

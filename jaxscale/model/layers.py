@@ -1,0 +1,242 @@
+"""The parts of a block: parameters with logical axes, norms, rotary positions, attention, MLP.
+
+Flax NNX modules are containers: each declares its parameters once, with their logical axes, and
+computes with them gathered in the compute dtype.
+"""
+
+# B batch, L query length, S key length, D width, N heads, K kv heads, H head dim, F hidden
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxscale.config import ModelConfig
+from jaxscale.model.attention.dense import Span, dense_attention, visible
+from jaxscale.model.cache import Cache, write
+from jaxscale.parallel.sharding import Axis, Rules
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def matrix(
+    rngs: nnx.Rngs, model: ModelConfig, shape: dict[Axis, int], *, fan_in: int, scale: float = 1.0
+) -> nnx.Param[jax.Array]:
+    """Declare a weight, drawn from a normal distribution of variance scale^2 / fan_in.
+
+    Args:
+      rngs: the source of randomness.
+      model: gives the parameter dtype.
+      shape: logical axis -> size, in order.
+      fan_in: number of inputs that one output sums.
+      scale: factor on the standard deviation.
+    """
+    values = jax.random.normal(rngs.params(), tuple(shape.values()), jnp.float32)
+    values = values * (scale / math.sqrt(fan_in))
+    return nnx.Param(values.astype(model.param_dtype), axes=tuple(shape))
+
+
+def vector(model: ModelConfig, shape: dict[Axis, int], *, value: float) -> nnx.Param[jax.Array]:
+    """Declare a bias or a norm's scale, every element equal to `value`."""
+    return nnx.Param(jnp.full(tuple(shape.values()), value, model.param_dtype), axes=tuple(shape))
+
+
+def gathered(param: nnx.Param[jax.Array], rules: Rules, dtype: Any) -> jax.Array:
+    """Return a matrix ready for a contraction: in `dtype`, whole along FSDP."""
+    axes: tuple[Axis, ...] = param.get_metadata("axes")
+    return rules.gather(param[...], axes, dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last dimension, computed in float32."""
+
+    def __init__(self, model: ModelConfig, axis: str, size: int) -> None:
+        self.model = model
+        self.scale = vector(model, {axis: size}, value=1.0)
+        biased = model.norm == "layernorm" and model.biases == "all"
+        self.bias = vector(model, {axis: size}, value=0.0) if biased else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise x over its last dimension; the result has x's dtype."""
+        x32 = x.astype(jnp.float32)
+        if self.model.norm == "layernorm":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(variance + self.model.norm_epsilon)
+        return _biased(x32 * _along(x32, self.scale), self.bias).astype(x.dtype)
+
+
+def _along(x: jax.Array, param: nnx.Param[jax.Array]) -> jax.Array:
+    """Return a vector in x's dtype, with leading dimensions of size 1 that broadcast against x."""
+    values = param[...].astype(x.dtype)
+    return values[(None,) * (x.ndim - values.ndim)]
+
+
+def _biased(x: jax.Array, bias: nnx.Param[jax.Array] | None) -> jax.Array:
+    return x if bias is None else x + _along(x, bias)
+
+
+def rotary(x_BLNH: jax.Array, positions_BL: jax.Array, model: ModelConfig) -> jax.Array:
+    """Turn pairs of features (i, i + H/2) by angles that grow with the position.
+
+    Source: Su et al., RoFormer, arXiv:2104.09864; the pairing is that of Llama's published weights.
+    """
+    angles_BL1H = (positions_BL[:, :, None] * _frequencies(model)[None, None, :])[:, :, None, :]
+    sin, cos = jnp.sin(angles_BL1H), jnp.cos(angles_BL1H)
+    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BLNH.dtype)
+
+
+def _frequencies(model: ModelConfig) -> jax.Array:
+    """Return the H/2 angular frequencies per token, after `model.rope_scaling`.
+
+    Source of "llama3": the Llama 3.1 release; slow turns are stretched by rope_factor, fast ones kept,
+    and those between 1 and 4 turns per original context blended.
+    """
+    exponents = jnp.arange(0, model.head_dim, 2, dtype=jnp.float32) / model.head_dim
+    frequencies = model.rope_theta**-exponents
+    if model.rope_scaling == "none":
+        return frequencies
+    stretched = frequencies / model.rope_factor
+    if model.rope_scaling == "linear":
+        return stretched
+    turns = model.rope_original_length * frequencies / (2 * math.pi)
+    kept_share = jnp.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    return stretched * (1 - kept_share) + frequencies * kept_share
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped queries."""
+
+    def __init__(self, model: ModelConfig, rules: Rules, rngs: nnx.Rngs) -> None:
+        self.model, self.rules = model, rules
+        D, H = model.width, model.head_dim
+        N, K = {"heads": model.num_heads}, {"kv_heads": model.num_kv_heads}
+        self.query = matrix(rngs, model, {"embed": D, **N, "head_dim": H}, fan_in=D)
+        self.key = matrix(rngs, model, {"embed": D, **K, "head_dim": H}, fan_in=D)
+        self.value = matrix(rngs, model, {"embed": D, **K, "head_dim": H}, fan_in=D)
+        self.out = matrix(
+            rngs,
+            model,
+            {**N, "head_dim": H, "embed": D},
+            fan_in=model.num_heads * H,
+            scale=(2 * model.num_layers) ** -0.5,
+        )
+        biased = model.biases != "none"
+        self.query_bias = vector(model, {**N, "head_dim": H}, value=0.0) if biased else None
+        self.key_bias = vector(model, {**K, "head_dim": H}, value=0.0) if biased else None
+        self.value_bias = vector(model, {**K, "head_dim": H}, value=0.0) if biased else None
+        self.out_bias = vector(model, {"width": D}, value=0.0) if model.biases == "all" else None
+        self.query_norm = Norm(model, "head_dim", H) if model.qk_norm else None
+        self.key_norm = Norm(model, "head_dim", H) if model.qk_norm else None
+
+    def __call__(
+        self, x_BLD: jax.Array, span: Span, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Return the attention output (B, L, D) and the layer's cache with these tokens written."""
+        model, rules = self.model, self.rules
+        q_BLNH = self._project(x_BLD, self.query, self.query_bias)
+        k_BLKH = self._project(x_BLD, self.key, self.key_bias)
+        v_BLKH = self._project(x_BLD, self.value, self.value_bias)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BLNH, k_BLKH = self.query_norm(q_BLNH), self.key_norm(k_BLKH)
+        if model.positions == "rotary":
+            q_BLNH = rotary(q_BLNH, span.positions_BL, model)
+            k_BLKH = rotary(k_BLKH, span.positions_BL, model)
+        q_BLNH = checkpoint_name(q_BLNH, "query")
+        k_BLKH = checkpoint_name(k_BLKH, "key")
+        v_BLKH = checkpoint_name(v_BLKH, "value")
+        if cache is None:
+            out_BLNH = self._attend(q_BLNH, k_BLKH, v_BLKH, span)
+        else:
+            cache = write(cache, k_BLKH, v_BLKH, span.positions_BL[:, 0])
+            slots_1S = jnp.arange(cache.keys.shape[1])[None, :]
+            mask_BLS = visible(span, Span(slots_1S))
+            out_BLNH = dense_attention(q_BLNH, cache.keys, cache.values, mask_BLS, rules=rules)
+        out_BLNH = checkpoint_name(out_BLNH, "context")
+        out_BLD = jnp.einsum(
+            "blnh,nhd->bld",
+            out_BLNH,
+            gathered(self.out, rules, out_BLNH.dtype),
+            out_sharding=rules.spec("batch", "length", "width"),
+        )
+        out_BLD = rules.place(_biased(out_BLD, self.out_bias), "batch", "residual_length", "width")
+        return checkpoint_name(out_BLD, "attention_out"), cache
+
+    def _project(
+        self, x_BLD: jax.Array, param: nnx.Param[jax.Array], bias: nnx.Param[jax.Array] | None
+    ) -> jax.Array:
+        _, heads, head_dim = param.get_metadata("axes")
+        out_BLNH = jnp.einsum(
+            "bld,dnh->blnh",
+            x_BLD,
+            gathered(param, self.rules, x_BLD.dtype),
+            out_sharding=self.rules.spec("batch", "length", heads, head_dim),
+        )
+        return _biased(out_BLNH, bias)
+
+    def _attend(
+        self, q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, span: Span
+    ) -> jax.Array:
+        """Attend within the batch's own tokens: keys and values are gathered along the length."""
+        rules = self.rules
+        k_BSKH = rules.place(k_BLKH, "batch", None, "kv_heads", "head_dim")
+        v_BSKH = rules.place(v_BLKH, "batch", None, "kv_heads", "head_dim")
+        keys = jax.tree.map(lambda x: rules.place(x, "batch", None), span)
+        return dense_attention(q_BLNH, k_BSKH, v_BSKH, visible(span, keys), rules=rules)
+
+
+class MLP(nnx.Module):
+    """Gated (act(gate) * up) or plain (act(up)) feed-forward layer."""
+
+    def __init__(self, model: ModelConfig, rules: Rules, rngs: nnx.Rngs) -> None:
+        self.model, self.rules = model, rules
+        D, F = model.width, model.hidden
+        gated, biased = model.mlp == "gated", model.biases == "all"
+        self.gate = matrix(rngs, model, {"embed": D, "hidden": F}, fan_in=D) if gated else None
+        self.up = matrix(rngs, model, {"embed": D, "hidden": F}, fan_in=D)
+        scale = (2 * model.num_layers) ** -0.5
+        self.down = matrix(rngs, model, {"hidden": F, "embed": D}, fan_in=F, scale=scale)
+        self.gate_bias = vector(model, {"hidden": F}, value=0.0) if biased and gated else None
+        self.up_bias = vector(model, {"hidden": F}, value=0.0) if biased else None
+        self.down_bias = vector(model, {"width": D}, value=0.0) if biased else None
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        """Return the MLP's output, (B, L, D), in x's dtype."""
+        activation = ACTIVATIONS[self.model.activation]
+        up_BLF = checkpoint_name(self._expand(x_BLD, self.up, self.up_bias), "up")
+        if self.gate is None:
+            inner_BLF = activation(up_BLF)
+        else:
+            gate_BLF = checkpoint_name(self._expand(x_BLD, self.gate, self.gate_bias), "gate")
+            inner_BLF = activation(gate_BLF) * up_BLF
+        out_BLD = jnp.einsum(
+            "blf,fd->bld",
+            inner_BLF,
+            gathered(self.down, self.rules, x_BLD.dtype),
+            out_sharding=self.rules.spec("batch", "length", "width"),
+        )
+        out_BLD = _biased(out_BLD, self.down_bias)
+        return checkpoint_name(
+            self.rules.place(out_BLD, "batch", "residual_length", "width"), "mlp_out"
+        )
+
+    def _expand(
+        self, x_BLD: jax.Array, param: nnx.Param[jax.Array], bias: nnx.Param[jax.Array] | None
+    ) -> jax.Array:
+        out_BLF = jnp.einsum(
+            "bld,df->blf",
+            x_BLD,
+            gathered(param, self.rules, x_BLD.dtype),
+            out_sharding=self.rules.spec("batch", "length", "hidden"),
+        )
+        return _biased(out_BLF, bias)

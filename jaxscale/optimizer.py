@@ -1,0 +1,70 @@
+"""The update rule and the learning-rate schedule, from optax.
+
+The schedule is a function of the step alone and is applied by the step, so that the optimizer's state
+holds moments and nothing that a resume could get wrong.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxscale.config import OptimizerConfig
+
+Schedule = Callable[[Any], jax.Array]
+
+# Only matrices decay: parameters with one of these logical axes contract with activations.
+MATRIX_AXES = frozenset({"embed"})
+
+
+def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+    """Return the update rule, before the learning rate.
+
+    Args:
+      config: the resolved optimizer section.
+      axes: pytree of tuples of logical axes, one per parameter; weight decay reads it.
+    """
+    decays = jax.tree.map(
+        lambda names: bool(MATRIX_AXES.intersection(names)),
+        axes,
+        is_leaf=lambda value: isinstance(value, tuple),
+    )
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+    )
+
+
+def make_schedule(config: OptimizerConfig) -> Schedule:
+    """Return step -> learning rate: linear warm-up, then the configured decay to final_fraction.
+
+    After `schedule_steps` the final rate stays.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    decay_steps = max(config.schedule_steps - config.warmup_steps, 1)
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        # Step 0 already learns: the first rate is peak / warmup_steps, not 0.
+        warm = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
+        progress = jnp.clip((step - config.warmup_steps) / decay_steps, 0.0, 1.0)
+        return jnp.where(warm < 1.0, peak * warm, final + (peak - final) * _decay(config, progress))
+
+    return schedule
+
+
+def _decay(config: OptimizerConfig, progress: jax.Array) -> jax.Array:
+    """Return how much of the way from the final to the peak rate is left, at a share of the decay."""
+    if config.schedule == "constant":
+        return jnp.ones_like(progress)
+    if config.schedule == "linear":
+        return 1.0 - progress
+    if config.schedule == "cosine":
+        return 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    # wsd (warm-up, stable, decay): hold the peak, then fall linearly over the last share.
+    share = max(config.decay_fraction, 1e-9)
+    return jnp.clip((1.0 - progress) / share, 0.0, 1.0)

@@ -1,0 +1,106 @@
+"""From the mesh section to a `jax.sharding.Mesh`.
+
+With `sharding.py`, the only place that names mesh axes. Axes stand outermost first: what talks least
+(stages, replicas) is farthest apart, what talks most (tensor) sits on neighbouring devices.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from jaxscale.config import ConfigError, MeshConfig
+
+AXES = ("stage", "data", "fsdp", "sequence", "tensor")
+# The axes that may span slices, where only the slow network joins devices.
+SLOW_AXES = ("data", "stage")
+
+
+def axis_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Return the size of every mesh axis on `num_devices` devices, with -1 filled in.
+
+    Raises:
+      ConfigError: the sizes do not multiply out to `num_devices` (with some that would).
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if rest and num_devices % fixed == 0:
+        sizes[rest[0]] = num_devices // fixed
+    if math.prod(sizes.values()) != num_devices:
+        shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+        fitting = "; ".join(_fitting(sizes, num_devices))
+        raise ConfigError(
+            f"mesh ({shown or 'all axes 1'}) does not multiply out to {num_devices} devices; "
+            f"these would: {fitting}"
+        )
+    _check_slices(mesh, sizes)
+    return sizes
+
+
+def _fitting(sizes: dict[str, int], num_devices: int) -> list[str]:
+    """Return up to three meshes near `sizes` that use all devices: one axis changed, or the default."""
+    found = []
+    for axis in AXES:
+        others = math.prod(s for a, s in sizes.items() if a != axis and s != -1)
+        if num_devices % others == 0 and sizes[axis] != num_devices // others:
+            changed = {**sizes, axis: num_devices // others}
+            text = ", ".join(f"{a}={s}" for a, s in changed.items() if s not in (1, -1))
+            if text and text not in found:
+                found.append(text)
+    return found[:3] or [f"data={num_devices}", f"fsdp={num_devices}"]
+
+
+def _check_slices(mesh: MeshConfig, sizes: dict[str, int]) -> None:
+    if mesh.num_slices > 1 and all(sizes[axis] % mesh.num_slices for axis in SLOW_AXES):
+        raise ConfigError(
+            f"mesh.num_slices={mesh.num_slices} divides neither mesh.data={sizes['data']} nor "
+            f"mesh.stage={sizes['stage']}; one of them must span the slices"
+        )
+
+
+def make_mesh(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Build the mesh over `devices` (default: all), Explicit on every axis.
+
+    Args:
+      mesh: the mesh section.
+      devices: live devices, or those of a described topology.
+
+    Raises:
+      ConfigError: the sizes do not multiply out to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(mesh, len(devices))
+    shape = tuple(sizes.values())
+    if mesh.num_slices > 1:
+        slow = next(axis for axis in SLOW_AXES if sizes[axis] % mesh.num_slices == 0)
+        outer = tuple(mesh.num_slices if axis == slow else 1 for axis in AXES)
+        inner = tuple(size // out for size, out in zip(shape, outer, strict=True))
+        grid = _hybrid_grid(inner, outer, devices)
+    else:
+        grid = _grid(shape, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _grid(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    if devices[0].platform == "cpu":
+        return np.asarray(devices).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _hybrid_grid(
+    inner: tuple[int, ...], outer: tuple[int, ...], devices: Sequence[Any]
+) -> np.ndarray:
+    """Place `outer` across slices and `inner` inside each; fake devices count as slices in order."""
+    if hasattr(devices[0], "slice_index"):
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    slices = np.asarray(devices).reshape(math.prod(outer), *inner)
+    slow = next(i for i, size in enumerate(outer) if size > 1)
+    grid = np.moveaxis(slices, 0, slow)
+    return grid.reshape(tuple(i * o for i, o in zip(inner, outer, strict=True)))

@@ -1,0 +1,163 @@
+"""Sharding rules: the model speaks logical axes, `Rules` says on which mesh axes each one lies.
+
+With `mesh.py`, the only place that names mesh axes. Without a mesh every rule is None, so that the
+same model code runs on one device and under export.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxscale.config import ConfigError, RulesConfig
+from jaxscale.parallel.mesh import AXES
+
+Axis = str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The mesh axes of each logical axis, outermost first; hashable, so that jit can close over it.
+
+    Attributes:
+      table: logical axis and its mesh axes.
+      reduce_dtype: dtype in which gradients of gathered parameters are summed over devices.
+    """
+
+    table: tuple[tuple[str, tuple[str, ...]], ...]
+    reduce_dtype: str = "float32"
+
+    @classmethod
+    def make(cls, rules: RulesConfig, *, reduce_dtype: str = "float32") -> "Rules":
+        """Read the rules section.
+
+        Raises:
+          ConfigError: a rule names an unknown mesh axis, or one twice.
+        """
+        table = []
+        for field in dataclasses.fields(rules):
+            value = getattr(rules, field.name)
+            axes = tuple(part.strip() for part in value.split(",")) if value else ()
+            for axis in axes:
+                if axis not in AXES:
+                    raise ConfigError(
+                        f"rules.{field.name}={value}: no mesh axis {axis}; axes are {', '.join(AXES)}"
+                    )
+            if len(set(axes)) < len(axes):
+                raise ConfigError(f"rules.{field.name}={value} names a mesh axis twice")
+            table.append((field.name, axes))
+        return cls(tuple(table), reduce_dtype)
+
+    def replace(self, **axes: tuple[str, ...]) -> "Rules":
+        """Return these rules with other mesh axes for some logical axes."""
+        table = {**dict(self.table), **axes}
+        return dataclasses.replace(self, table=tuple(table.items()))
+
+    def without_batch(self) -> "Rules":
+        """Return the rules for a batch too small to shard: only parameters and heads are sharded."""
+        return self.replace(batch=(), length=(), residual_length=())
+
+    def mesh_axes(self, logical: Axis, mesh: Any = None) -> tuple[str, ...]:
+        """Return the mesh axes of a logical axis on `mesh` (default: the current one), none of size 1."""
+        if logical is None:
+            return ()
+        shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
+        return tuple(axis for axis in dict(self.table)[logical] if shape.get(axis, 1) > 1)
+
+    def spec(self, *logical: Axis, mesh: Any = None) -> PartitionSpec | None:
+        """Return the PartitionSpec of an array with these logical axes; None without a mesh.
+
+        Raises:
+          ConfigError: two of its axes lie on one mesh axis.
+        """
+        if mesh is None and jax.sharding.get_abstract_mesh().empty:
+            return None
+        parts = [self.mesh_axes(name, mesh) for name in logical]
+        used = [axis for part in parts for axis in part]
+        if len(set(used)) < len(used):
+            raise ConfigError(f"rules put two axes of ({', '.join(map(str, logical))}) on one mesh axis")
+        return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
+
+    def sharding(self, mesh: Mesh, *logical: Axis) -> NamedSharding:
+        """Return the NamedSharding on `mesh` of an array with these logical axes."""
+        spec = self.spec(*logical, mesh=mesh)
+        assert spec is not None
+        return NamedSharding(mesh, spec)
+
+    def num_shards(self, logical: Axis, mesh: Any = None) -> int:
+        """Return in how many parts a logical axis is cut."""
+        shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
+        size = 1
+        for axis in self.mesh_axes(logical, mesh):
+            size *= shape[axis]
+        return size
+
+    def place(self, x: jax.Array, *logical: Axis) -> jax.Array:
+        """Reshard an activation to where its logical axes belong; nothing without a mesh."""
+        spec = self.spec(*logical)
+        return x if spec is None else jax.reshard(x, spec)
+
+    def gather(self, weight: jax.Array, logical: tuple[Axis, ...], dtype: Any) -> jax.Array:
+        """Return a parameter in the compute dtype without its FSDP shards, for use in one block.
+
+        What travels is the compute dtype. Its gradient stays a partial sum on each device until one
+        reduction, in `reduce_dtype`, brings it back to the parameter's shards.
+        """
+        sharded = self.spec(*logical)
+        if sharded is None:
+            return weight.astype(dtype)
+        whole = self.spec(*(None if name == "embed" else name for name in logical))
+        assert whole is not None
+        partial = frozenset(self.mesh_axes("batch") + self.mesh_axes("length"))
+        return _gather(weight, whole, sharded, partial, (jnp.dtype(dtype), self.reduce_dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(
+    weight: jax.Array,
+    whole: PartitionSpec,
+    sharded: PartitionSpec,
+    partial: frozenset[str],
+    dtypes: tuple[Any, str],
+) -> jax.Array:
+    del sharded
+    return jax.reshard(weight.astype(dtypes[0]), PartitionSpec(*whole, reduced=set(partial)))
+
+
+def _gather_forward(weight, whole, sharded, partial, dtypes):  # type: ignore[no-untyped-def]
+    return _gather(weight, whole, sharded, partial, dtypes), jnp.zeros((0,), weight.dtype)
+
+
+def _gather_backward(whole, sharded, partial, dtypes, residual, gradient):  # type: ignore[no-untyped-def]
+    del whole, partial
+    reduced = jax.reshard(gradient.astype(dtypes[1]), sharded)
+    return (reduced.astype(residual.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def check_divides(rules: Rules, mesh: Mesh, sizes: Mapping[str, tuple[int, str]]) -> None:
+    """Check that each logical axis splits evenly on the mesh.
+
+    Args:
+      rules: the sharding rules.
+      mesh: the mesh.
+      sizes: logical axis -> (size, name of the knob that sets it).
+
+    Raises:
+      ConfigError: naming the mesh axes, the knob and the remedy.
+    """
+    for logical, (size, knob) in sizes.items():
+        shards = rules.num_shards(logical, mesh)
+        if size % shards:
+            axes = rules.mesh_axes(logical, mesh)
+            cause = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+            lower = " or ".join(f"mesh.{axis}" for axis in axes)
+            raise ConfigError(
+                f"{cause} does not divide {knob}={size}; lower {lower} or set rules.{logical}=None"
+            )

@@ -1,0 +1,125 @@
+"""The files jaxscale writes and reads: the JSON envelope, and the names of metrics and fields.
+
+Every name carries its unit. Verbs write these and reports read them, so the names stand here alone.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FORMAT = 1
+
+# Files of a workdir.
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+GOODPUT_FILE = "goodput.jsonl"
+CHECKPOINTS_DIR = "checkpoints"
+PROFILE_DIR = "profile"
+
+# Fields of every line of metrics.jsonl; a later line of the same step replaces an earlier one.
+STEP = "step"
+KIND = "kind"
+KIND_TRAIN = "train"
+KIND_EVALUATION = "evaluation"
+KIND_SAMPLE = "sample"
+
+# Metrics of a training step.
+LOSS = "loss"
+PERPLEXITY = "perplexity"
+BITS_PER_BYTE = "bits_per_byte"
+UNIGRAM_BITS_PER_BYTE = "unigram_bits_per_byte"
+BIGRAM_BITS_PER_BYTE = "bigram_bits_per_byte"
+LEARNING_RATE = "learning_rate"
+GRADIENT_NORM = "gradient_norm"
+SKIPPED_STEPS = "skipped_steps"
+SKIPPED_IN_A_ROW = "skipped_in_a_row"
+TOKENS = "tokens"
+TOKENS_PER_SECOND = "tokens_per_second"
+STEP_SECONDS = "step_seconds"
+DATA_WAIT_SHARE = "data_wait_share"
+MFU = "mfu"
+DEVICE_UTILIZATION = "device_utilization"
+HOST_CPU_UTILIZATION = "host_cpu_utilization"
+PEAK_BYTES = "peak_bytes"
+PEAK_BYTES_SOURCE = "peak_bytes_source"
+CHECKPOINT_SECONDS = "checkpoint_seconds"
+PEAK_FLOPS_PER_SECOND = "peak_flops_per_second"
+PEAK_FLOPS_SOURCE = "peak_flops_source"
+BATCH_HASH = "batch_hash"
+
+# Categories of goodput.jsonl, in seconds of wall time; they add up to the life of the process.
+GOODPUT_CATEGORIES = (
+    "init_seconds",
+    "compile_seconds",
+    "data_wait_seconds",
+    "step_seconds",
+    "evaluation_seconds",
+    "checkpoint_seconds",
+    "lost_seconds",
+)
+
+
+def now() -> str:
+    """Return the UTC time as ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def envelope(
+    kind: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Wrap the rows of a verb's result in the fields that every result file has."""
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "created": now(),
+        "command": sys.argv,
+        "config": config,
+        "environment": environment,
+        "rows": [dict(row) for row in rows],
+    }
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file whole or not at all: to a neighbour first, then renamed over `path`."""
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(value, indent=2, default=_plain) + "\n")
+    os.replace(partial, target)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file."""
+    return json.loads(pathlib.Path(path).read_text())
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a JSONL file; a line cut short by a crash is left out."""
+    rows = []
+    for line in pathlib.Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """Turn what JSON does not know into what it does."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

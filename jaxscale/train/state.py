@@ -1,0 +1,157 @@
+"""What training is made of: mesh, rules, decoder, optimizer; and the state that a step transforms.
+
+`assemble` turns a config into these without making a weight. The abstract state feeds restore,
+ahead-of-time compilation and the planner; `init_state` makes the real one, sharded from birth.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxscale.config import Config
+from jaxscale.model.decoder import Definition, Params, check_mesh, define
+from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
+from jaxscale.parallel.mesh import make_mesh
+from jaxscale.parallel.sharding import Rules, check_divides
+
+BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "segments": jnp.int32,
+    "weights": jnp.float32,
+}
+Batch = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      step: int32, steps done.
+      params: the parameters.
+      optimizer: optax state.
+      skipped_steps: int32, steps skipped for a non-finite loss or gradient.
+      skipped_in_a_row: int32, how many of them were the last ones.
+    """
+
+    step: jax.Array
+    params: Params
+    optimizer: Any
+    skipped_steps: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A training program before its weights: config, mesh, decoder, optimizer and schedule."""
+
+    config: Config
+    mesh: Mesh
+    definition: Definition
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+
+    @property
+    def rules(self) -> Rules:
+        """The sharding rules."""
+        return self.definition.rules
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """The sharding of a batch's arrays, (global_batch_size, length)."""
+        return self.rules.sharding(self.mesh, "batch", "length")
+
+
+def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
+    """Put together what a resolved config describes, on `devices` (default: all).
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, the model or the batch.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    rules = Rules.make(config.rules, reduce_dtype=config.train.gradient_reduce_dtype)
+    check_mesh(config.model, rules, mesh)
+    rows = config.train.global_batch_size // config.train.accumulation_steps
+    check_divides(
+        rules,
+        mesh,
+        {
+            "batch": (rows, "train.global_batch_size / train.accumulation_steps"),
+            "length": (config.data.length, "data.length"),
+            "residual_length": (config.data.length, "data.length"),
+        },
+    )
+    definition = define(config.model, rules)
+    optimizer = make_optimizer(config.optimizer, definition.axes)
+    return Assembly(config, mesh, definition, optimizer, make_schedule(config.optimizer))
+
+
+def optimizer_axes(definition: Definition) -> Any:
+    """Return the logical axes of each parameter as the optimizer sees it (ZeRO: `optimizer_embed`)."""
+    return jax.tree.map(
+        lambda names: tuple("optimizer_embed" if name == "embed" else name for name in names),
+        definition.axes,
+        is_leaf=lambda value: isinstance(value, tuple),
+    )
+
+
+def place(rules: Rules, values: Any, axes: Any) -> Any:
+    """Reshard a pytree of arrays shaped like the parameters to where its logical axes lie."""
+    return jax.tree.map(lambda value, names: rules.place(value, *names), values, axes)
+
+
+def start_state(assembly: Assembly, params: Params) -> TrainState:
+    """Return the state of step 0 around given parameters; for use under the mesh, jitted."""
+    axes = optimizer_axes(assembly.definition)
+    optimizer = assembly.optimizer.init(place(assembly.rules, params, axes))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer, zero, zero)
+
+
+def abstract_state(assembly: Assembly) -> TrainState:
+    """Return the state as ShapeDtypeStructs with shardings on the mesh."""
+    params = assembly.definition.abstract(assembly.mesh)
+    with jax.set_mesh(assembly.mesh):
+        shapes = jax.eval_shape(lambda params: start_state(assembly, params), params)
+    return jax.tree.map(lambda leaf: _concrete(leaf, assembly.mesh), shapes)
+
+
+def _concrete(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+
+def abstract_batch(assembly: Assembly) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return a training batch as ShapeDtypeStructs with shardings on the mesh."""
+    shape = (assembly.config.train.global_batch_size, assembly.config.data.length)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=assembly.batch_sharding)
+        for name, dtype in BATCH_DTYPES.items()
+    }
+
+
+def init_params(assembly: Assembly) -> Params:
+    """Draw the parameters, each device only its own shards; the same values on every mesh."""
+    # Outside the mesh: there the output shardings reach back into the random bits, whereas under an
+    # explicit mesh every array would be drawn whole on each device before it is cut.
+    shardings = assembly.definition.shardings(assembly.mesh)
+    make = jax.jit(assembly.definition.init, out_shardings=shardings)
+    return make(jax.random.key(assembly.config.train.seed))
+
+
+def init_state(assembly: Assembly, params: Params | None = None) -> TrainState:
+    """Make the state of step 0, sharded from birth, around given or newly drawn parameters."""
+    params = init_params(assembly) if params is None else params
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(assembly))
+    with jax.set_mesh(assembly.mesh):
+        make = jax.jit(
+            lambda params: start_state(assembly, params), out_shardings=shardings, donate_argnums=0
+        )
+        return make(params)

@@ -1,0 +1,143 @@
+"""The training step: one donated, jitted function from state and batch to state and metrics.
+
+The same function serves the real run, the dry run, the planner and the tests.
+"""
+
+# B batch, L query length, A accumulation steps
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxscale import records
+from jaxscale.model.attention.dense import Span
+from jaxscale.model.decoder import Definition, Params
+from jaxscale.model.loss import loss_sum
+from jaxscale.parallel.sharding import Rules
+from jaxscale.train.state import Assembly, Batch, TrainState, optimizer_axes, place
+
+Metrics = dict[str, jax.Array]
+
+
+def batch_loss(
+    definition: Definition, params: Params, batch: Batch, *, chunk_tokens: int
+) -> jax.Array:
+    """Return the weighted sum of the batch's token losses, a float32 scalar in nats."""
+    decoder = definition.bind(params)
+    spec = definition.rules.spec("batch", "length")
+    positions_BL = jax.lax.broadcasted_iota(
+        jnp.int32, batch["tokens"].shape, 1, out_sharding=spec
+    )
+    x_BLD, _ = decoder(batch["tokens"], Span(positions_BL, batch["segments"]))
+    return loss_sum(decoder, x_BLD, batch["targets"], batch["weights"], chunk_tokens=chunk_tokens)
+
+
+def loss_and_gradients(
+    assembly: Assembly, params: Params, batch: Batch
+) -> tuple[jax.Array, Params]:
+    """Return the mean loss per weighted token, and its gradients in the parameters' shardings.
+
+    With `train.accumulation_steps`, the batch is worked off in as many parts, one after the other.
+    """
+    train, definition = assembly.config.train, assembly.definition
+    count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    def mean_loss(params: Params, batch: Batch) -> jax.Array:
+        total = batch_loss(definition, params, batch, chunk_tokens=train.loss_chunk_tokens)
+        return total / count
+
+    if train.accumulation_steps == 1:
+        return jax.value_and_grad(mean_loss)(params, batch)
+
+    def add_part(sums: tuple[jax.Array, Params], part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, part)), None
+
+    parts = {name: _split(a, train.accumulation_steps, assembly.rules) for name, a in batch.items()}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add_part, (jnp.float32(0), zeros), parts)[0]
+
+
+def _split(a_BL: jax.Array, parts: int, rules: Rules) -> jax.Array:
+    """Cut (B, L) into (A, B/A, L): every A-th row, so that no row changes its device."""
+    B, L = a_BL.shape
+    spec = rules.spec("batch", None, "length")
+    a_BAL = jax.lax.reshape(a_BL, (B // parts, parts, L), out_sharding=spec)
+    return jnp.moveaxis(a_BAL, 1, 0)
+
+
+def batch_hash(batch: Batch, rules: Rules) -> jax.Array:
+    """Return a uint32 hash of a batch that depends on its contents and order, never on the mesh.
+
+    A sum of products modulo 2^32 is exact in any order, so every sharding gives the same number.
+    """
+    tokens_BL = batch["tokens"]
+    B, L = tokens_BL.shape
+    iota = functools.partial(
+        jax.lax.broadcasted_iota, jnp.uint32, (B, L), out_sharding=rules.spec("batch", "length")
+    )
+    index_BL = iota(0) * jnp.uint32(L) + iota(1)
+    mixed_BL = (index_BL ^ (index_BL >> 15)) * jnp.uint32(0x9E3779B1) | jnp.uint32(1)
+    total = jnp.uint32(0)
+    for factor, name in enumerate(("tokens", "targets", "segments", "weights"), start=1):
+        values_BL = batch[name].astype(jnp.uint32) + jnp.uint32(factor)
+        total = total * jnp.uint32(31) + jnp.sum(values_BL * mixed_BL, dtype=jnp.uint32)
+    return total
+
+
+def train_step(
+    assembly: Assembly, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """Return the next state and the step's metrics; a non-finite step leaves the weights alone."""
+    loss, gradients = loss_and_gradients(assembly, state.params, batch)
+    gradient_norm = optax.global_norm(gradients)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    learning_rate = assembly.schedule(state.step)
+    params, optimizer = _update(assembly, state, gradients, learning_rate)
+    keep = functools.partial(jnp.where, is_finite)
+    bad = 1 - is_finite.astype(jnp.int32)
+    state = TrainState(
+        step=state.step + 1,
+        params=jax.tree.map(keep, params, state.params),
+        optimizer=jax.tree.map(keep, optimizer, state.optimizer),
+        skipped_steps=state.skipped_steps + bad,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+    )
+    metrics = {
+        records.LOSS: loss,
+        records.GRADIENT_NORM: gradient_norm,
+        records.LEARNING_RATE: learning_rate,
+        records.SKIPPED_STEPS: state.skipped_steps,
+        records.SKIPPED_IN_A_ROW: state.skipped_in_a_row,
+        records.BATCH_HASH: batch_hash(batch, assembly.rules),
+    }
+    return state, metrics
+
+
+def _update(
+    assembly: Assembly, state: TrainState, gradients: Params, learning_rate: jax.Array
+) -> tuple[Params, Any]:
+    """Apply the optimizer where its state lies, then bring the update to the parameters."""
+    rules, axes = assembly.rules, optimizer_axes(assembly.definition)
+    updates, optimizer = assembly.optimizer.update(
+        place(rules, gradients, axes), state.optimizer, place(rules, state.params, axes)
+    )
+    updates = place(rules, updates, assembly.definition.axes)
+    params = jax.tree.map(
+        lambda p, u: (p - learning_rate * u).astype(p.dtype), state.params, updates
+    )
+    return params, optimizer
+
+
+def jit_train_step(assembly: Assembly) -> Any:
+    """Return the jitted step `(state, batch) -> (state, metrics)`; the old state is donated.
+
+    Call or lower it under `jax.set_mesh(assembly.mesh)`.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return train_step(assembly, state, batch)
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,73 @@
+"""A run's folder: the config it belongs to, and whether another config may go on in it.
+
+`config.json` and `environment.json` stand beside the metrics and checkpoints. Every check here comes
+before anything compiles.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+from jaxscale import config_source, records
+from jaxscale.config import Config, ConfigError
+
+
+def read_config(workdir: str | os.PathLike[str]) -> Config:
+    """Return the resolved config of a workdir.
+
+    Raises:
+      ConfigError: the folder holds no run.
+    """
+    path = pathlib.Path(workdir) / records.CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"--workdir={workdir}: no {records.CONFIG_FILE} there; run jaxscale train first")
+    return config_source.from_mapping(records.read_json(path))
+
+
+def previous_config(workdir: str | os.PathLike[str]) -> Config | None:
+    """Return the resolved config of the run in a workdir, None where there is no run yet."""
+    path = pathlib.Path(workdir) / records.CONFIG_FILE
+    return read_config(workdir) if path.is_file() else None
+
+
+def check_writable(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Create the folder if need be.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    path = pathlib.Path(workdir)
+    probe = path / f".write-test.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    return path
+
+
+def check_same_run(workdir: str | os.PathLike[str], config: Config) -> None:
+    """Check that a resolved config may go on with the run that is in the workdir, if any.
+
+    Raises:
+      ConfigError: it differs in a knob that defines the run, with the differences.
+    """
+    previous = previous_config(workdir)
+    if previous is None:
+        return
+    changes = config_source.changes(previous, config, only_fixed=True)
+    if changes:
+        shown = "; ".join(map(str, changes))
+        raise ConfigError(
+            f"--workdir={workdir} holds a run of another config ({shown}); "
+            "take a new workdir, or --allow-config-change to go on all the same"
+        )
+
+
+def write_config(workdir: pathlib.Path, config: Config, environment: dict[str, Any]) -> None:
+    """Write the resolved config and what it runs on."""
+    records.write_json(workdir / records.CONFIG_FILE, config_source.to_mapping(config))
+    records.write_json(workdir / records.ENVIRONMENT_FILE, environment)

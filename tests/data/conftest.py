@@ -1,0 +1,79 @@
+"""A small corpus of files, and the token cache of it, shared by the tests of the data package."""
+
+import dataclasses
+import pathlib
+import random
+from collections.abc import Callable
+
+import pytest
+import tokenizers
+
+from jaxscale.config import DataConfig
+from jaxscale.data.prepare import prepare
+from jaxscale.data.token_cache import TokenCache
+
+NUM_DOCUMENTS = 40
+WORDS = "def return if else for in while import class self None True x y z ( ) : = + é\n".split(" ")
+
+
+def write_corpus(folder: pathlib.Path) -> None:
+    """Write documents of 1 to 4,000 words, some in folders, one not UTF-8 and one empty."""
+    dice = random.Random(0)
+    for number in range(NUM_DOCUMENTS):
+        place = folder / ("deep/er" if number % 4 == 0 else "")
+        place.mkdir(parents=True, exist_ok=True)
+        words = dice.choices(WORDS, k=1 if number == 7 else dice.randrange(2, 4_000))
+        (place / f"{number:02d}.txt").write_text(" ".join(words), encoding="utf-8")
+    (folder / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (folder / "empty.txt").write_bytes(b"")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return DataConfig(
+        source=f"files:{corpus}/**/*.txt",
+        length=100,
+        validation_fraction=0.2,
+        cache_dir=str(tmp_path_factory.mktemp("caches")),
+    )
+
+
+@pytest.fixture(scope="session")
+def cache(data: DataConfig) -> TokenCache:
+    return TokenCache(prepare(data).path)
+
+
+@pytest.fixture
+def fresh(data: DataConfig, tmp_path: pathlib.Path) -> DataConfig:
+    """The same corpus, with no cache yet."""
+    return dataclasses.replace(data, cache_dir=str(tmp_path / "caches"))
+
+
+@pytest.fixture
+def train_tokenizer(tmp_path: pathlib.Path) -> Callable[[list[str]], str]:
+    """Write a small byte-pair tokenizer with some special tokens; return its path."""
+
+    def train(specials: list[str]) -> str:
+        library = tokenizers.Tokenizer(tokenizers.models.BPE())
+        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.pre_tokenizer = byte_level
+        library.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=specials,
+            initial_alphabet=byte_level.alphabet(),
+            show_progress=False,
+        )
+        library.train_from_iterator(["return self.value for value in values"] * 9, trainer)
+        path = str(tmp_path / "trained.json")
+        library.save(path)
+        return path
+
+    return train
