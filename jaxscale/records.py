@@ -25,6 +25,8 @@ PROFILE_DIR = "profile"
 # Fields of every line of metrics.jsonl; a later line of the same step replaces an earlier one.
 STEP = "step"
 KIND = "kind"
+TIME = "time"
+NONFINITE = "nonfinite"
 KIND_TRAIN = "train"
 KIND_EVALUATION = "evaluation"
 KIND_SAMPLE = "sample"
@@ -54,15 +56,24 @@ PEAK_FLOPS_SOURCE = "peak_flops_source"
 BATCH_HASH = "batch_hash"
 
 # Categories of goodput.jsonl, in seconds of wall time; they add up to the life of the process.
+INIT_SECONDS = "init_seconds"
+COMPILE_SECONDS = "compile_seconds"
+DATA_WAIT_SECONDS = "data_wait_seconds"
+EVALUATION_SECONDS = "evaluation_seconds"
+LOST_SECONDS = "lost_seconds"
 GOODPUT_CATEGORIES = (
-    "init_seconds",
-    "compile_seconds",
-    "data_wait_seconds",
-    "step_seconds",
-    "evaluation_seconds",
-    "checkpoint_seconds",
-    "lost_seconds",
+    INIT_SECONDS,
+    COMPILE_SECONDS,
+    DATA_WAIT_SECONDS,
+    STEP_SECONDS,
+    EVALUATION_SECONDS,
+    CHECKPOINT_SECONDS,
+    LOST_SECONDS,
 )
+# The other fields of its lines; the last line of a run_id counts.
+RUN_ID = "run_id"
+STARTED = "started"
+WALL_SECONDS = "wall_seconds"
 
 
 def now() -> str:
@@ -112,6 +123,16 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def append_line(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
+    """Append a row to a JSONL file; a line that a crash cut short is ended first."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            whole = file.read(1) == b"\n"
+            file.write(b"" if whole else b"\n")
+        file.write(json.dumps(row, allow_nan=False, default=_plain).encode() + b"\n")
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,15 @@ heading() {
   printf '\n== %s\n' "$1"
 }
 
+# Everything that depends on the number of steps, so that a few steps make a demo as well.
+SCHEDULE=(
+  --config.optimizer.schedule_steps="$TOTAL"
+  --config.optimizer.warmup_steps="$((TOTAL / 10))"
+  --config.train.log_every="$((STEPS > 10 ? STEPS / 10 : 1))"
+  --config.train.eval_every=0
+  --config.train.sample_every="$STEPS"
+)
+
 # Show a command as its user would type it, and run it.
 run() {
   printf '$ jaxscale'
@@ -31,8 +40,7 @@ run() {
 }
 
 train() {
-  run train --config "$CONFIG" --workdir "$WORKDIR" --devices=cpu:8 \
-    --config.optimizer.schedule_steps="$TOTAL" "$@"
+  run train --config "$CONFIG" --workdir "$WORKDIR" --devices=cpu:8 "$@" "${SCHEDULE[@]}"
 }
 
 # Print the summary from the files of the run.
@@ -67,7 +75,7 @@ run prepare --config "$CONFIG"
 
 heading "Training on 8 fake devices: data=2, fsdp=2, tensor=2"
 train --config.mesh.data=2 --config.mesh.fsdp=2 --config.mesh.tensor=2 \
-  --config.train.steps="$STEPS" --config.train.sample_every="$STEPS"
+  --config.train.steps="$STEPS"
 
 heading "The same run, resumed on another mesh: sequence=2, tensor=4"
 train --config.mesh.data=1 --config.mesh.sequence=2 --config.mesh.tensor=4 \

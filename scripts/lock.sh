@@ -9,13 +9,13 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 write_lock() {
-  local python="$1" minor="$2" lock="$ROOT/requirements/py${2/./}.txt" report keep=()
+  local python="$1" minor="$2" lock="$ROOT/requirements/py${2/./}.txt" report pins=/dev/null
   report="$(mktemp)"
   if [[ -f "$lock" && "${UPGRADE:-}" != yes ]]; then
-    keep=(--constraint "$lock")
+    pins="$lock"
   fi
   "$python" -m pip install --dry-run --ignore-installed --quiet --quiet --report "$report" \
-    "${keep[@]}" "${ROOT}[dev]"
+    --constraint "$pins" "${ROOT}[dev]"
   "$python" - "$minor" "$report" >"$lock.partial" <<'PYTHON'
 import json, re, sys
 

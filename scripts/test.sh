@@ -27,7 +27,7 @@ check_tools() {
     elif ! command -v "$command" >/dev/null; then
       echo "skipped without $command (package $package): $tests"
     fi
-  done < <(printf '%s\n' "${TOOLS[@]}")
+  done < <(printf '%s\n' "${TOOLS[@]:-}")
 }
 
 # Run the tests marked smoke on the newest of SMOKE_MINORS that is here and is not the main Python.

@@ -31,9 +31,12 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "F3 services": (
         "data.python_stdlib data.sources data.tokenizer data.token_cache data.prepare data.loader "
         "data.ngram",
-        "workdir optimizer checkpoint metrics profiling huggingface",
+        "workdir optimizer checkpoint metrics goodput profiling console huggingface",
     ),
-    "F4 programs": ("inference train.state train.step train.evaluate train.loop",),
+    "F4 programs": (
+        "inference train.state train.step train.evaluate train.preemption train.start train.log "
+        "train.loop train.trained",
+    ),
     "F5 around": (
         "export plan.memory plan.roofline plan.compile plan.rank",
         "verify",

@@ -1,0 +1,167 @@
+"""What the loop tells of itself: metrics.jsonl, TensorBoard, goodput.jsonl and the person watching.
+
+Figures of time cover the steps since the last line; what interrupts training is taken out of them
+and stands in the goodput ledger.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import jax
+
+from jaxscale import records
+from jaxscale.console import Console
+from jaxscale.goodput import Goodput
+from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops
+from jaxscale.model.cost import train_flops_per_token
+from jaxscale.train.evaluate import Evaluation
+from jaxscale.train.start import Run
+
+
+DATA_WAIT = "data_wait_seconds"
+
+
+class StepLog:
+    """The log of one run in one process; only the primary process writes."""
+
+    def __init__(self, run: Run, program: Any, goodput: Goodput, stream: TextIO | None) -> None:
+        """Open the files.
+
+        Args:
+          run: the run.
+          program: the compiled step; tells its bytes.
+          goodput: the ledger of wall time.
+          stream: where progress is shown; None shows nothing.
+        """
+        config = run.assembly.config
+        primary = jax.process_index() == 0
+        self.run, self.goodput = run, goodput
+        self.loss: float | None = None
+        self._console = Console(
+            total_steps=config.train.steps,
+            first_step=int(run.state.step),
+            primary=primary and stream is not None,
+            stream=stream,
+        )
+        self._writer = MetricsWriter(run.folder, primary=primary)
+        self._monitor = SystemMonitor(run.assembly.mesh.devices.flatten())
+        self._program_bytes = program_bytes(program)
+        self._tokens_per_step = config.train.global_batch_size * config.data.length
+        self._flops_per_token = train_flops_per_token(config.model, config.data.length)
+        self._peak = peak_flops(list(run.assembly.mesh.devices.flatten()), config.model.compute_dtype)
+        self._checkpoint_seconds: float | None = None
+        self._mark(int(run.state.step))
+
+    def __enter__(self) -> Self:
+        self._console.__enter__()
+        self.note(f"{self.run.folder}: starting from {self.run.origin}")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.goodput.write(self._marked_step)
+        self._writer.close()
+        self._console.__exit__(kind, error, traceback)
+
+    def _mark(self, step: int) -> None:
+        """Begin a new interval of measurement before `step`."""
+        self._marked_step, self._marked_time = step, time.perf_counter()
+        self._marked_wait = self.goodput.seconds()[DATA_WAIT]
+        self._aside_seconds = 0.0
+
+    @contextlib.contextmanager
+    def interruption(self, category: str) -> Iterator[None]:
+        """Account for something that is no step."""
+        start = time.perf_counter()
+        with self.goodput.measure(category):
+            yield
+        self._aside_seconds += time.perf_counter() - start
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array], *, last: bool = False) -> int:
+        """Read the metrics of a step, log them where due, and return the bad steps in a row.
+
+        Args:
+          step: the step, counted from 0; lines show it counted from 1, as steps done.
+          metrics: as the step returned them.
+          last: whether the run ends here.
+        """
+        values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
+        self.loss = values[records.LOSS]
+        done = step + 1
+        bad_steps: int = values.pop(records.SKIPPED_IN_A_ROW)
+        if done % self.run.assembly.config.train.log_every == 0 or last or bad_steps:
+            values |= self._figures(done, values)
+            self._writer.write(done, records.KIND_TRAIN, values)
+            self.goodput.write(done)
+            self._console.log(done, values)
+            self._mark(done)
+        else:
+            self._console.advance(done)
+        return bad_steps
+
+    def _figures(self, done: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        steps = max(done - self._marked_step, 1)
+        seconds = max(time.perf_counter() - self._marked_time - self._aside_seconds, 1e-9)
+        wait = self.goodput.seconds()[DATA_WAIT] - self._marked_wait
+        tokens_per_second = steps * self._tokens_per_step / seconds
+        checkpoint, self._checkpoint_seconds = self._checkpoint_seconds, None
+        return {
+            records.PERPLEXITY: math.exp(min(values[records.LOSS], 700.0)),
+            records.TOKENS: done * self._tokens_per_step,
+            records.TOKENS_PER_SECOND: tokens_per_second,
+            records.STEP_SECONDS: seconds / steps,
+            records.DATA_WAIT_SHARE: min(wait / seconds, 1.0),
+            records.MFU: tokens_per_second * self._flops_per_token / self._peak.flops_per_second,
+            records.PEAK_FLOPS_PER_SECOND: self._peak.flops_per_second,
+            records.PEAK_FLOPS_SOURCE: self._peak.source,
+            records.CHECKPOINT_SECONDS: checkpoint,
+            **self._monitor.read(compiled_peak_bytes=self._program_bytes),
+        }
+
+    def checkpoint(self, seconds: float) -> None:
+        """Note how long a save held the loop up; the next line tells."""
+        self._checkpoint_seconds = seconds
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Log an evaluation after `step` steps."""
+        values = {
+            records.LOSS: result.loss,
+            records.PERPLEXITY: result.perplexity,
+            records.BITS_PER_BYTE: result.bits_per_byte,
+            records.TOKENS: result.tokens,
+        }
+        self._writer.write(step, records.KIND_EVALUATION, values)
+        self.note(
+            f"validation after step {step}: loss {result.loss:.4f}  "
+            f"perplexity {result.perplexity:.2f}  bits per byte {result.bits_per_byte:.3f}"
+        )
+
+    def sample(self, step: int, text: str) -> None:
+        """Log a text sample after `step` steps."""
+        self._writer.write(step, records.KIND_SAMPLE, {"text": text})
+        self.note(f"sample after step {step}:\n{text}")
+
+    def note(self, text: str) -> None:
+        """Show a message, if anyone watches."""
+        self._console.note(text)
+
+
+def program_bytes(program: Any) -> int | None:
+    """Return the bytes a compiled program needs on each device: arguments, results, temporaries."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return None
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )

@@ -1,0 +1,186 @@
+"""The training loop, whose order is a contract:
+
+save -> next batch -> step -> log the previous step. The host never waits for the step that it has
+just given to the device; all that it reads is one step old.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import jax
+
+from jaxscale import records
+from jaxscale.bundle.sampling import Sampling
+from jaxscale.config import Config
+from jaxscale.data.prepare import Progress
+from jaxscale.inference import Generator
+from jaxscale.goodput import Goodput
+from jaxscale.profiling import StepProfiler
+from jaxscale.train.evaluate import Evaluation, compile_evaluation, evaluate
+from jaxscale.train.log import StepLog
+from jaxscale.train.preemption import StopRequest
+from jaxscale.train.start import Run, open_run, save_state
+from jaxscale.train.state import TrainState, abstract_batch, abstract_state
+from jaxscale.train.step import jit_train_step
+
+DONE, PREEMPTED, NON_FINITE = "done", "preempted", "non-finite"
+SAMPLE_TOKENS = 96
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+      ending: "done", "preempted" (saved; the same command goes on) or "non-finite".
+      step: steps done.
+      loss: training loss of the last step, nats per token; None if no step ran.
+      evaluation: of the last state; None without validation documents or when preempted.
+    """
+
+    ending: str
+    step: int
+    loss: float | None
+    evaluation: Evaluation | None
+
+
+def train(
+    config: Config,
+    folder: str | os.PathLike[str],
+    *,
+    allow_config_change: bool = False,
+    stream: TextIO | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train or resume in a workdir until `train.steps`, a stop request or too many bad steps.
+
+    Args:
+      config: as the user gave it; `runtime.start` has been called.
+      folder: the workdir.
+      allow_config_change: go on in a workdir whose config differs.
+      stream: where progress is shown to a person; None shows nothing.
+      progress: told of the documents prepared.
+
+    Raises:
+      ConfigError: a user's mistake, before anything compiles.
+    """
+    folder = pathlib.Path(folder)
+    goodput = Goodput(folder, primary=jax.process_index() == 0)
+    with contextlib.ExitStack() as stack:
+        with goodput.measure("init_seconds"):
+            run = open_run(
+                config,
+                folder,
+                allow_config_change=allow_config_change,
+                progress=progress,
+            )
+        stack.callback(run.checkpointer.close)
+        with goodput.measure("compile_seconds"), jax.set_mesh(run.assembly.mesh):
+            step = jit_train_step(run.assembly).lower(
+                abstract_state(run.assembly), abstract_batch(run.assembly)
+            )
+            program = step.compile()
+        log = stack.enter_context(StepLog(run, program, goodput, stream))
+        stop = stack.enter_context(StopRequest())
+        return _loop(run, program, log, stop)
+
+
+def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResult:
+    config, goodput = run.assembly.config, log.goodput
+    state, first = run.state, int(run.state.step)
+    aside = Aside(run, log)
+    previous: dict[str, jax.Array] | None = None
+    batches: Iterator[Any] = run.loader.batches(first)
+    ending, step, saved = DONE, first, first if run.origin.startswith("checkpoint") else -1
+    with (
+        jax.set_mesh(run.assembly.mesh),
+        contextlib.closing(batches),
+        contextlib.closing(StepProfiler(run.folder, config.runtime.profile_steps)) as profiler,
+    ):
+        while step < config.train.steps:
+            if stop.agreed(step):
+                ending = PREEMPTED
+                break
+            if step > first and step % config.checkpoint.every_steps == 0:
+                saved = aside.save(state, step)
+            with goodput.measure("data_wait_seconds"):
+                batch = next(batches)
+            profiler.before(step)
+            with goodput.measure("step_seconds"):
+                state, metrics = program(state, batch)
+                bad_steps = log.step(step - 1, previous) if previous else 0
+            profiler.after(step)
+            previous, step = metrics, step + 1
+            if bad_steps >= config.train.stop_after_nonfinite:
+                ending = NON_FINITE
+                break
+            aside.look(state, step)
+        if previous:
+            log.step(step - 1, previous, last=True)
+    if ending != NON_FINITE and saved != step:
+        aside.save(state, step)
+    final = aside.evaluate(state, step) if ending == DONE else None
+    with goodput.measure("checkpoint_seconds"):
+        run.checkpointer.wait()
+    return TrainResult(ending, step, log.loss, final)
+
+
+class Aside:
+    """What interrupts training: saves, evaluations and samples."""
+
+    def __init__(self, run: Run, log: StepLog) -> None:
+        self.run, self.log = run, log
+        assembly = run.assembly
+        self._score = compile_evaluation(assembly)
+        self._generator = Generator(
+            assembly.definition,
+            assembly.mesh,
+            num_ids=run.tokenizer.size,
+            eos_id=run.tokenizer.eos_id,
+        )
+
+    def save(self, state: TrainState, step: int) -> int:
+        """Start to save; return the step."""
+        with self.log.interruption("checkpoint_seconds"):
+            seconds = save_state(self.run, state, step)
+        self.log.checkpoint(seconds)
+        return step
+
+    def look(self, state: TrainState, step: int) -> None:
+        """Evaluate and sample where it is due after `step` steps."""
+        train = self.run.assembly.config.train
+        if train.eval_every and step % train.eval_every == 0 and step < train.steps:
+            self.evaluate(state, step)
+        if train.sample_every and step % train.sample_every == 0:
+            self._sample(state, step)
+
+    def evaluate(self, state: TrainState, step: int) -> Evaluation | None:
+        """Score the validation windows, if there are any, and log the result."""
+        run = self.run
+        if not len(run.loader.validation_windows):
+            return None
+        with self.log.interruption("evaluation_seconds"):
+            result = evaluate(
+                run.assembly,
+                state.params,
+                run.loader,
+                score=self._score,
+                num_batches=run.assembly.config.train.eval_batches,
+            )
+        self.log.evaluation(step, result)
+        return result
+
+    def _sample(self, state: TrainState, step: int) -> None:
+        prompt = self.run.assembly.config.train.sample_prompt
+        with self.log.interruption("evaluation_seconds"):
+            tokens = self._generator.generate(
+                state.params,
+                [self.run.tokenizer.encode(prompt)],
+                Sampling(temperature=0.7, max_tokens=SAMPLE_TOKENS),
+            )
+        text = prompt + self.run.tokenizer.decode(tokens[0])
+        self.log.sample(step, text)

@@ -1,0 +1,56 @@
+"""A polite end: SIGTERM or the first Ctrl-C asks the loop to save and stop, a second Ctrl-C insists.
+
+With several processes the request may reach any one of them; all then stop at the same step.
+"""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopRequest:
+    """Listens for signals while it is entered; the handlers before it come back at its exit."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        # Only the main thread may set handlers; elsewhere (a notebook's worker) there is no request.
+        if threading.current_thread() is threading.main_thread():
+            self._listen(signal.SIGINT)
+            # In a process group JAX's own service takes SIGTERM and tells the others.
+            if jax.process_count() == 1:
+                self._listen(signal.SIGTERM)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _listen(self, number: signal.Signals) -> None:
+        self._before[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def agreed(self, step: int) -> bool:
+        """Tell whether all processes stop before this step; each calls it at every step."""
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._asked

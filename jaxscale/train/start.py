@@ -1,0 +1,167 @@
+"""From a config and a workdir to a run that is ready for its next step: checks, data, state.
+
+Every user's mistake shows here, before anything compiles. The state comes from the first of: this
+workdir's newest checkpoint; `checkpoint.restore_from`; `checkpoint.init_from` (parameters alone);
+nothing.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxscale import config_source, runtime, workdir
+from jaxscale.checkpoint import Checkpointer
+from jaxscale.config import Config, ConfigError, resolve
+from jaxscale.data.loader import Loader
+from jaxscale.data.prepare import Progress, prepare
+from jaxscale.data.token_cache import TokenCache
+from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxscale.train.state import Assembly, TrainState, abstract_state, assemble, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run before its next step.
+
+    Attributes:
+      assembly: the training program, on its mesh.
+      folder: the workdir.
+      tokenizer: of the data.
+      loader: gives batches.
+      checkpointer: of the workdir.
+      state: to go on from.
+      origin: where the state came from, in words.
+      environment: versions, devices and host.
+    """
+
+    assembly: Assembly
+    folder: pathlib.Path
+    tokenizer: Tokenizer
+    loader: Loader
+    checkpointer: Checkpointer
+    state: TrainState
+    origin: str
+    environment: dict[str, Any]
+
+
+def open_data(assembly: Assembly, progress: Progress | None = None) -> tuple[Tokenizer, Loader]:
+    """Prepare or find the token cache, and return its tokenizer and batches for this mesh.
+
+    Raises:
+      ConfigError: the corpus or the tokenizer cannot be used with this config.
+    """
+    config = assembly.config
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    loader = Loader(
+        TokenCache(prepare(config.data, progress=progress).path),
+        config.data,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.train.seed,
+        sharding=assembly.batch_sharding,
+    )
+    return tokenizer, loader
+
+
+def open_run(
+    config: Config,
+    folder: pathlib.Path,
+    *,
+    allow_config_change: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Check everything, prepare the data, and restore or make the state.
+
+    Args:
+      config: as the user gave it, not yet resolved.
+      folder: the workdir.
+      allow_config_change: go on in a workdir whose config differs.
+      progress: told of the documents prepared.
+
+    Raises:
+      ConfigError: a user's mistake, in one line.
+    """
+    config = resolve(config, workdir.previous_config(folder))
+    workdir.check_writable(folder)
+    if not allow_config_change:
+        workdir.check_same_run(folder, config)
+    assembly = assemble(config)
+    tokenizer, loader = open_data(assembly, progress)
+    environment = runtime.describe()
+    if jax.process_index() == 0:
+        workdir.write_config(folder, config, environment)
+    checkpointer = Checkpointer(folder, config.checkpoint)
+    state, origin = first_state(assembly, checkpointer)
+    return Run(assembly, folder, tokenizer, loader, checkpointer, state, origin, environment)
+
+
+def first_state(assembly: Assembly, checkpointer: Checkpointer) -> tuple[TrainState, str]:
+    """Return the state to start from, and where it came from in words."""
+    config = assembly.config.checkpoint
+    step = checkpointer.latest_step()
+    if step is not None:
+        return restore_state(assembly, checkpointer, step), f"checkpoint of step {step}"
+    if config.restore_from:
+        workdir.check_same_run(config.restore_from, assembly.config)
+        other = Checkpointer(config.restore_from, config, read_only=True)
+        step = _newest(other, "checkpoint.restore_from")
+        return restore_state(assembly, other, step), f"step {step} of {config.restore_from}"
+    if config.init_from:
+        other = Checkpointer(config.init_from, config, read_only=True)
+        step = _newest(other, "checkpoint.init_from")
+        params = other.restore_params(step, assembly.definition.abstract(assembly.mesh))
+        return init_state(assembly, params), f"parameters of step {step} of {config.init_from}"
+    return init_state(assembly), "new parameters"
+
+
+def _newest(checkpointer: Checkpointer, knob: str) -> int:
+    step = checkpointer.latest_step()
+    if step is None:
+        raise ConfigError(f"{knob}: no checkpoint in {checkpointer.directory}")
+    return step
+
+
+def restore_state(assembly: Assembly, checkpointer: Checkpointer, step: int) -> TrainState:
+    """Read the state of a step onto the assembly's mesh, whatever mesh wrote it."""
+    abstract = abstract_state(assembly)
+    found = checkpointer.restore(
+        step, params=abstract.params, optimizer=optimizer_item(abstract)
+    )
+    replicated = NamedSharding(assembly.mesh, PartitionSpec())
+    return TrainState(
+        step=jax.device_put(jnp.int32(step), replicated),
+        params=found.params,
+        optimizer=found.optimizer["state"],
+        skipped_steps=found.optimizer["skipped_steps"],
+        skipped_in_a_row=found.optimizer["skipped_in_a_row"],
+    )
+
+
+def optimizer_item(state: TrainState) -> dict[str, Any]:
+    """Return the checkpoint's `optimizer` item: all of the state but step and parameters."""
+    return {
+        "state": state.optimizer,
+        "skipped_steps": state.skipped_steps,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }
+
+
+def save_state(run: Run, state: TrainState, step: int) -> float:
+    """Start to save a step; return the seconds that the loop was held up."""
+    config = run.assembly.config
+    meta = {
+        "step": step,
+        "seed": config.train.seed,
+        "sequences_read": step * config.train.global_batch_size,
+        "config": config_source.to_mapping(config),
+        "mesh": {axis: size for axis, size in run.assembly.mesh.shape.items()},
+        "environment": run.environment,
+        "tokenizer": run.tokenizer.fingerprint,
+    }
+    return run.checkpointer.save(
+        step, params=state.params, optimizer=optimizer_item(state), meta=meta
+    )
