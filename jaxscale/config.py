@@ -217,15 +217,26 @@ def is_free(section: str, name: str) -> bool:
     return bool(fields[name].metadata["free"])
 
 
-def resolve(config: Config, previous: Config | None = None) -> Config:
+def resolve(config: Config) -> Config:
     """Fill in the knobs whose 0 or -1 means "as another knob says", and validate the result.
+
+    Raises:
+      ConfigError: a knob is out of its limits or at odds with another.
+    """
+    config = fill(config)
+    validate(config)
+    return config
+
+
+def fill(config: Config, previous: Config | None = None) -> Config:
+    """Fill in the knobs whose 0 or -1 means "as another knob says".
 
     Args:
       config: as the user gave it.
       previous: resolved config of the run that goes on, whose schedule stays as it was.
 
     Raises:
-      ConfigError: a knob is out of its limits or at odds with another.
+      ConfigError: a knob is out of its limits.
     """
     _check_limits_of_all(config)
     model, data, train = config.model, config.data, config.train
@@ -248,9 +259,7 @@ def resolve(config: Config, previous: Config | None = None) -> Config:
     optimizer = dataclasses.replace(
         config.optimizer, schedule_steps=config.optimizer.schedule_steps or spanned
     )
-    config = dataclasses.replace(config, model=model, train=train, optimizer=optimizer)
-    validate(config)
-    return config
+    return dataclasses.replace(config, model=model, train=train, optimizer=optimizer)
 
 
 def validate(config: Config) -> None:

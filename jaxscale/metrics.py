@@ -150,7 +150,7 @@ def _nvml_utilization(devices: Sequence[jax.Device]) -> float | None:
 
 
 def _tpu_utilization() -> float | None:
-    """Return the share of the last interval in which the TensorCores worked, averaged over chips."""
+    """Return the share of the last interval in which the chips worked, averaged."""
     try:
         from libtpu.sdk import tpumonitoring
 

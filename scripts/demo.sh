@@ -6,15 +6,15 @@
 # Eight fake CPU devices show the mechanics of sharding, not its speed. The run lies in runs/demo and
 # starts afresh each time; --keep continues the one that is there.
 #
-# JAXSCALE_DEMO_STEPS         steps on the first mesh (default: 150)
-# JAXSCALE_DEMO_RESUME_STEPS  further steps on the second mesh (default: 50)
+# JAXSCALE_DEMO_STEPS         steps on the first mesh (default: 120)
+# JAXSCALE_DEMO_RESUME_STEPS  further steps on the second mesh (default: 40)
 # JAXSCALE_DEMO_WORKDIR       another, new folder for the run
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
 
-STEPS="${JAXSCALE_DEMO_STEPS:-150}"
-TOTAL=$((STEPS + ${JAXSCALE_DEMO_RESUME_STEPS:-50}))
+STEPS="${JAXSCALE_DEMO_STEPS:-120}"
+TOTAL=$((STEPS + ${JAXSCALE_DEMO_RESUME_STEPS:-40}))
 WORKDIR="${JAXSCALE_DEMO_WORKDIR:-runs/demo}"
 CONFIG=configs/lm.py:tiny
 
@@ -33,9 +33,12 @@ SCHEDULE=(
 
 # Show a command as its user would type it, and run it.
 run() {
-  printf '$ jaxscale'
-  printf ' %q' "$@"
-  printf '\n'
+  local word shown=""
+  for word in "$@"; do
+    [[ "$word" == *" "* ]] && word="'$word'"
+    shown+=" $word"
+  done
+  echo "\$ jaxscale$shown"
   "$VENV_PYTHON" -m jaxscale "$@"
 }
 

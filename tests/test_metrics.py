@@ -5,15 +5,17 @@ import math
 import pathlib
 import struct
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from tensorboardX.proto import event_pb2
 
-from jaxscale import records
+from jaxscale import metrics, records
 from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops
 
 
@@ -114,12 +116,30 @@ def test_the_peak_of_a_cpu_is_measured_within_the_mesh_of_a_run(
     assert 1 / 4 < all_devices.flops_per_second / one_device.flops_per_second < 4
 
 
-def test_the_peak_of_a_known_chip_is_published() -> None:
-    """The devices of a described topology have a kind, and need no TPU; libtpu knows them."""
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
+@pytest.mark.parametrize(
+    ("device_kind", "per_device"),
+    [("TPU v5 lite", 197e12), ("TPU7x", 2307e12 / 2), ("NVIDIA H100 80GB HBM3", 989e12)],
+)
+def test_the_peak_of_a_known_chip_is_published(device_kind: str, per_device: float) -> None:
+    peak = peak_flops([SimpleNamespace(device_kind=device_kind)] * 4, "bfloat16")
+    assert peak.flops_per_second == 4 * per_device
+    assert peak.source == f"published bf16 peak of {device_kind}"
 
+
+def test_the_peak_of_a_described_topology(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    peak = peak_flops(topology.devices, "bfloat16")
-    assert peak.flops_per_second == 4 * 197e12
-    assert peak.source == "published bf16 peak of TPU v5 lite"
+    assert peak_flops(topology.devices, "bfloat16").flops_per_second == 4 * 197e12
+
+
+def test_nvml_counts_or_says_nothing() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    busy = metrics._nvml_utilization([SimpleNamespace(local_hardware_id=0)])
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        assert busy is None
+    else:
+        assert busy is not None and 0 <= busy <= 1

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import config_source, runtime, workdir
 from jaxscale.checkpoint import Checkpointer
-from jaxscale.config import Config, ConfigError, resolve
+from jaxscale.config import Config, ConfigError, fill, validate
 from jaxscale.data.loader import Loader
 from jaxscale.data.prepare import Progress, prepare
 from jaxscale.data.token_cache import TokenCache
@@ -85,10 +85,11 @@ def open_run(
     Raises:
       ConfigError: a user's mistake, in one line.
     """
-    config = resolve(config, workdir.previous_config(folder))
+    config = fill(config, workdir.previous_config(folder))
     workdir.check_writable(folder)
     if not allow_config_change:
         workdir.check_same_run(folder, config)
+    validate(config)
     assembly = assemble(config)
     tokenizer, loader = open_data(assembly, progress)
     environment = runtime.describe()

@@ -17,7 +17,15 @@ from jaxscale.model.attention.dense import Span
 from jaxscale.model.decoder import Definition, Params
 from jaxscale.model.loss import loss_sum
 from jaxscale.parallel.sharding import Rules
-from jaxscale.train.state import Assembly, Batch, TrainState, optimizer_axes, place
+from jaxscale.train.state import (
+    Assembly,
+    Batch,
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    optimizer_axes,
+    place,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -131,13 +139,18 @@ def _update(
     return params, optimizer
 
 
-def jit_train_step(assembly: Assembly) -> Any:
-    """Return the jitted step `(state, batch) -> (state, metrics)`; the old state is donated.
+def compile_step(assembly: Assembly, *, compiler_options: dict[str, Any] | None = None) -> Any:
+    """Compile the step `(state, batch) -> (state, metrics)` ahead of time; the old state is donated.
 
-    Call or lower it under `jax.set_mesh(assembly.mesh)`.
+    The result takes arrays of exactly the abstract state's and batch's shardings, so that nothing
+    can compile a second time. Its `memory_analysis()` and `as_text()` tell what it needs.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return train_step(assembly, state, batch)
 
-    return jax.jit(step, donate_argnums=0)
+    state, batch = abstract_state(assembly), abstract_batch(assembly)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    with jax.set_mesh(assembly.mesh):
+        return jitted.lower(state, batch).compile(compiler_options=compiler_options)
