@@ -1,8 +1,8 @@
 """Checkpoints: three items per step, written in the background and read onto any mesh (Orbax).
 
-`workdir/checkpoints/STEP/` holds `params` (a plain nested dict), `optimizer` (any pytree) and `meta`
-(JSON). A step appears only when all of it is on disk. Neither the model nor the optimizer library
-is needed here: a restore is told by abstract arrays what to make, and where.
+`workdir/checkpoints/STEP/` holds `params` (a plain nested dict), `optimizer` (any pytree) and
+`meta` (JSON). A step appears only when all of it is on disk. Neither the model nor the optimizer
+library is needed here: a restore is told by abstract arrays what to make, and where.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ class Restored:
 class Checkpointer:
     """The checkpoints of one workdir. All processes of a run make the same calls in the same order.
 
-    Close a writer, or use it in a `with`: a save that is under way when Python ends is lost. A writer
-    removes what an interrupted save left behind; a second program that looks into the workdir of a
-    running one must therefore say `read_only`.
+    Close a writer, or use it in a `with`: a save that is under way when Python ends is lost. A
+    writer removes what an interrupted save left behind; a second program that looks into the
+    workdir of a running one must therefore say `read_only`.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class Checkpointer:
         read_only: bool = False,
     ) -> None:
         self.directory = _directory(workdir)
-        self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
         if not read_only:
             self._manager = ocp.CheckpointManager(
@@ -85,7 +84,7 @@ class Checkpointer:
         The arrays may be donated as soon as this returns. A save that is still under way is waited
         for first, and raises here if it failed. A step that has been saved is left as it is.
         """
-        assert self._manager is not None, "this Checkpointer is read-only"
+        assert self._manager is not None, "this Checkpointer is read-only or closed"
         start = time.monotonic()
         # The manager's own list is the same on every process at every moment; the disk is not.
         if step not in self._manager.all_steps():
@@ -209,7 +208,7 @@ def _check_shapes(path: epath.Path, saved: Any, wanted: Any) -> None:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Return {"layers/query": (8, 128, 128), ...}, the same for a tree and what Orbax says of it."""
+    """Return {"layers/query": (8, 128, 128), ...}, of arrays or of what Orbax notes about them."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves

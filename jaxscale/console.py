@@ -39,7 +39,7 @@ BESIDE_BAR = (
 
 
 def format_metrics(metrics: Mapping[str, Any], names: Sequence[str] = tuple(FORMATS)) -> str:
-    """Return metrics as one line, like `loss 2.31  ppl 10.1  mfu 31.0%`; absent ones are left out."""
+    """Return metrics as a line like `loss 2.31  ppl 10.1  mfu 31.0%`; absent ones are left out."""
     parts = [FORMATS[name].format(metrics[name]) for name in names if metrics.get(name) is not None]
     if metrics.get(records.SKIPPED_STEPS):
         parts.append(f"skipped {metrics[records.SKIPPED_STEPS]:.0f}")
@@ -57,7 +57,7 @@ class Console:
         primary: bool = True,
         stream: TextIO | None = None,
     ) -> None:
-        """Prepare a view of steps `first_step` to `total_steps`, on stdout unless told otherwise."""
+        """Prepare a view of steps `first_step` to `total_steps`; it goes to stdout by default."""
         self._total_steps = total_steps
         self._first_step = first_step
         self._primary = primary

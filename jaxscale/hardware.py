@@ -120,8 +120,8 @@ TPUS = (
     ),
 )
 
-# Memory, FLOP/s and NVLink: the NVIDIA data sheet of the chip's name, SXM variant. Network: the data
-# sheet of the DGX system that carries eight of them.
+# Memory, FLOP/s and NVLink: the NVIDIA data sheet of the chip's name, SXM variant. Network: the
+# data sheet of the DGX system that carries eight of them.
 GPUS = (
     Chip(
         name="a100",
@@ -189,7 +189,7 @@ CHIPS = {chip.name: chip for chip in TPUS + GPUS}
 
 
 def chip_for(device_kind: str) -> Chip | None:
-    """Return the chip behind a `jax.Device.device_kind`; None if the table lacks it, as for a CPU."""
+    """Return the chip behind a `jax.Device.device_kind`; None for a CPU and other strangers."""
     for chip in CHIPS.values():
         if device_kind in chip.device_kinds:
             return chip

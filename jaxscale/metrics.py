@@ -1,4 +1,4 @@
-"""What a run reports about itself: metrics.jsonl and TensorBoard, the machine's load, the peak for MFU.
+"""What a run reports about itself: metrics.jsonl, TensorBoard, the machine's load, MFU's peak.
 
 Names of metrics and files stand in records.py. The train loop gathers one mapping per logged step
 from its own figures and `SystemMonitor.read`, and hands it to `MetricsWriter` and the console.
@@ -34,7 +34,7 @@ class MetricsWriter:
             # Imported here because it is slow, and of no use to the other processes.
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(workdir))
+            self._events = SummaryWriter(str(workdir), flush_secs=10)
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +119,7 @@ class SystemMonitor:
 
 
 def _utilization_reader(devices: Sequence[jax.Device]) -> Callable[[], float | None]:
-    """Choose the counters of the platform: NVML for NVIDIA, libtpu's monitoring for TPUs, or none."""
+    """Choose the counters of the platform: NVML for NVIDIA, libtpu's for TPUs, or none."""
     if devices and devices[0].device_kind.startswith("NVIDIA"):
         return lambda: _nvml_utilization(devices)
     if devices and devices[0].platform == "tpu":
@@ -135,7 +135,7 @@ def _nvml_utilization(devices: Sequence[jax.Device]) -> float | None:
         return None
     # JAX numbers the GPUs that CUDA shows to it; NVML knows all of the host's.
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    busy = []
+    busy: list[float] = []
     try:
         pynvml.nvmlInit()
         for device in devices:

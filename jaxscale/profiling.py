@@ -24,7 +24,7 @@ class StepProfiler:
         self._mark: jax.profiler.StepTraceAnnotation | None = None
 
     def before(self, step: int) -> None:
-        """Start the trace if it begins with this step; a run may resume in the midst of the range."""
+        """Start the trace with the first step of the range, or where a resumed run enters it."""
         if step not in self._steps:
             return
         if self._session is None:

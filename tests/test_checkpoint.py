@@ -32,13 +32,13 @@ def make_mesh(**sizes: int) -> jax.sharding.Mesh:
 
 
 def sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Shard the last dims over `fsdp` and `tensor` where the mesh has them; replicate over `data`."""
+    """Shard the last dims over `fsdp` and `tensor` where the mesh has them."""
     axes = [name for name in ("fsdp", "tensor") if name in mesh.shape and shape]
     return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - len(axes)), *axes))
 
 
 def make_state(mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, Any]:
-    """Make parameters and an optimizer state in which every array differs from its initial zeros."""
+    """Make parameters and an optimizer state in which no array is all zeros."""
     rng = np.random.default_rng(seed)
 
     def make(shape: tuple[int, ...]) -> jax.Array:
@@ -160,6 +160,18 @@ def test_keep(tmp_path: pathlib.Path, keep_last: int, keep_every: int, kept: lis
         assert checkpointer.latest_step() == 6
 
 
+def test_a_failed_save_is_raised_and_not_listed(tmp_path: pathlib.Path) -> None:
+    params, optimizer = make_state(make_mesh(fsdp=8))
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, params=params, optimizer=optimizer, meta={"no JSON": object()})
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            checkpointer.wait()
+        assert checkpointer.all_steps() == []
+        checkpointer.save(2, params=params, optimizer=optimizer, meta={})
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [2]
+
+
 def test_an_empty_workdir_has_no_steps(tmp_path: pathlib.Path) -> None:
     reader = Checkpointer(tmp_path / "nowhere", CheckpointConfig(), read_only=True)
     assert reader.all_steps() == [] and reader.latest_step() is None
@@ -186,13 +198,13 @@ def test_mismatches_name_the_first_array(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_small_save_blocks_briefly(tmp_path: pathlib.Path) -> None:
-    """6M parameters replicated over `data`, and as many moments: nothing compiles, little is waited."""
+    """6M parameters replicated over `data`, and as many moments: nothing is compiled for them."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     values = np.zeros((2, 512, 256), np.float32)
     arrays = {str(i): jax.device_put(values, sharding(mesh, values.shape)) for i in range(24)}
     compiled: list[str] = []
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         compiled.extend([event] if "backend_compile" in event else [])
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -260,6 +272,7 @@ with Checkpointer(workdir, CheckpointConfig()) as checkpointer:
 """
 
 
+@pytest.mark.multiprocess
 def test_two_processes_continue_what_one_began(tmp_path: pathlib.Path) -> None:
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     values = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)

@@ -11,23 +11,25 @@ import pytest
 from jaxscale import records
 from jaxscale.goodput import Goodput, read_goodput
 
-# A sleep of the tests, and what a busy machine may add to it.
-NAP, SLACK = 0.05, 0.04
+NAP = 0.03
 
 
 def age() -> float:
-    return time.time() - psutil.Process().create_time()
+    return float(time.time() - psutil.Process().create_time())
+
+
+def total(ledger: Goodput) -> float:
+    return sum(ledger.seconds().values())
 
 
 def test_categories_add_up_to_the_age_of_the_process(tmp_path: pathlib.Path) -> None:
+    before = age()
     ledger = Goodput(tmp_path, primary=True)
     with ledger.measure(records.STEP_SECONDS):
         time.sleep(NAP)
-    ledger.add(records.CHECKPOINT_SECONDS, 0.01)
-    seconds = ledger.seconds()
-    assert tuple(seconds) == records.GOODPUT_CATEGORIES
-    assert sum(seconds.values()) == pytest.approx(age(), abs=SLACK)
-    assert min(seconds.values()) >= 0
+    # The kernel notes the birth of a process to a hundredth of a second.
+    assert before - 0.02 < total(ledger) < age() + 0.02
+    assert tuple(ledger.seconds()) == records.GOODPUT_CATEGORIES
 
 
 def test_imports_count_as_init(tmp_path: pathlib.Path) -> None:
@@ -52,37 +54,38 @@ def test_nested_measures_count_no_second_twice(tmp_path: pathlib.Path) -> None:
         with ledger.measure(records.DATA_WAIT_SECONDS):
             time.sleep(NAP)
     seconds = ledger.seconds()
-    assert seconds[records.STEP_SECONDS] == pytest.approx(2 * NAP, abs=SLACK)
-    assert seconds[records.COMPILE_SECONDS] == pytest.approx(2 * NAP, abs=SLACK)
-    assert seconds[records.DATA_WAIT_SECONDS] == pytest.approx(NAP, abs=SLACK)
-    assert seconds[records.LOST_SECONDS] < SLACK
+    assert seconds[records.STEP_SECONDS] >= 2 * NAP
+    assert seconds[records.COMPILE_SECONDS] >= 2 * NAP
+    assert seconds[records.DATA_WAIT_SECONDS] >= NAP
+    assert sum(seconds.values()) < age() + 0.02
 
 
 def test_unclaimed_time_is_lost(tmp_path: pathlib.Path) -> None:
     ledger = Goodput(tmp_path, primary=True)
     time.sleep(NAP)
-    assert ledger.seconds()[records.LOST_SECONDS] == pytest.approx(NAP, abs=SLACK)
+    assert ledger.seconds()[records.LOST_SECONDS] >= NAP
 
 
 def test_a_measure_ends_with_an_exception(tmp_path: pathlib.Path) -> None:
     ledger = Goodput(tmp_path, primary=True)
     with pytest.raises(KeyboardInterrupt), ledger.measure(records.STEP_SECONDS):
         raise KeyboardInterrupt
+    at_the_end = ledger.seconds()[records.STEP_SECONDS]
     time.sleep(NAP)
-    assert ledger.seconds()[records.STEP_SECONDS] < SLACK
+    assert ledger.seconds()[records.STEP_SECONDS] == at_the_end
 
 
-def test_added_seconds_leave_the_open_measure(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("seconds", [NAP, 1e6])
+def test_added_seconds_leave_the_open_measure(tmp_path: pathlib.Path, seconds: float) -> None:
     ledger = Goodput(tmp_path, primary=True)
     with ledger.measure(records.STEP_SECONDS):
         time.sleep(2 * NAP)
-        ledger.add(records.CHECKPOINT_SECONDS, NAP)
-    seconds = ledger.seconds()
-    assert seconds[records.CHECKPOINT_SECONDS] == NAP
-    assert seconds[records.STEP_SECONDS] == pytest.approx(NAP, abs=SLACK)
+        start, before = time.monotonic(), total(ledger)
+        ledger.add(records.CHECKPOINT_SECONDS, seconds)
+        assert total(ledger) - before <= time.monotonic() - start
     # More than has passed cannot be claimed.
-    ledger.add(records.CHECKPOINT_SECONDS, 1e6)
-    assert sum(ledger.seconds().values()) == pytest.approx(age(), abs=SLACK)
+    assert NAP <= ledger.seconds()[records.CHECKPOINT_SECONDS] <= seconds
+    assert min(ledger.seconds().values()) >= 0
 
 
 def test_a_misspelt_category_is_refused(tmp_path: pathlib.Path) -> None:

@@ -61,6 +61,8 @@ def test_nonfinite_numbers_are_valid_json_and_visible(tmp_path: pathlib.Path) ->
 
     with MetricsWriter(tmp_path, primary=True) as writer:
         writer.write(1, records.KIND_TRAIN, values)
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            writer.write(2, records.KIND_TRAIN, {"nested": [math.nan]})
     text = (tmp_path / records.METRICS_FILE).read_text()
     line = json.loads(text, parse_constant=refuse)
     assert line["nonfinite"] == {"a": "nan", "b": "inf", "c": "-inf"}
@@ -103,17 +105,19 @@ def test_peak_bytes_of_a_cpu_come_from_the_compiler(devices: list[jax.Device]) -
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_peak_of_a_cpu_is_measured_within_the_mesh_of_a_run(
-    devices: list[jax.Device], dtype: str
-) -> None:
+def test_the_peak_of_a_cpu_is_measured(devices: list[jax.Device], dtype: str) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        all_devices = peak_flops(devices, dtype)
-        one_device = peak_flops(devices[:1], dtype)
-    assert all_devices.source == "measured matmul on this host's CPU"
-    assert 1e9 < all_devices.flops_per_second < 1e14
-    # Fake devices share the cores: eight of them are no faster than one.
-    assert 1 / 4 < all_devices.flops_per_second / one_device.flops_per_second < 4
+    for _ in range(5):
+        with jax.set_mesh(mesh):
+            in_mesh = peak_flops(devices, dtype)
+        alone = peak_flops(devices[:1], dtype)
+        assert in_mesh.source == "measured matmul on this host's CPU"
+        # Eight fake devices share the cores of one. Other work on the host disturbs both figures.
+        if 1 / 2 < in_mesh.flops_per_second / alone.flops_per_second < 2:
+            break
+    else:
+        pytest.fail(f"{in_mesh} for 8 devices in a mesh, {alone} for one")
+    assert 1e9 < alone.flops_per_second < 1e14
 
 
 @pytest.mark.parametrize(

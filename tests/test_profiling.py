@@ -29,7 +29,7 @@ def traces(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 def test_traces_the_range_of_steps(tmp_path: pathlib.Path) -> None:
     profiler = StepProfiler(tmp_path, (2, 3))
-    run(profiler, range(0, 2))
+    run(profiler, range(2))
     assert not (tmp_path / "profile").exists()
     run(profiler, range(2, 6))
     (trace,) = traces(tmp_path)
@@ -51,7 +51,7 @@ def test_traces_the_range_of_steps(tmp_path: pathlib.Path) -> None:
 
 def test_a_run_that_ends_early_keeps_its_trace(tmp_path: pathlib.Path) -> None:
     profiler = StepProfiler(tmp_path, (1, 100))
-    run(profiler, range(0, 3))
+    run(profiler, range(3))
     profiler.close()
     assert len(traces(tmp_path)) == 1
 
@@ -74,7 +74,7 @@ def test_a_run_that_resumes_inside_the_range(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("steps", [(), (50, 60)])
 def test_no_trace_without_need(tmp_path: pathlib.Path, steps: tuple[int, ...]) -> None:
     profiler = StepProfiler(tmp_path, steps)
-    run(profiler, range(0, 5))
+    run(profiler, range(5))
     profiler.close()
     assert not (tmp_path / "profile").exists()
 
@@ -93,6 +93,7 @@ profiler.after(1, jax.numpy.ones(8).sum())
 """
 
 
+@pytest.mark.multiprocess
 def test_processes_of_one_host_keep_their_own_files(tmp_path: pathlib.Path) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

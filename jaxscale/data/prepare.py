@@ -8,6 +8,7 @@ documents alone. The verb `prepare` and `train` call this.
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -92,6 +93,7 @@ def prepare(
     path = root / _folder_name(data, source, tokenizer)
     reused = path.exists() and not force
     if not reused:
+        _make_writable(root, data)
         with token_cache.written_whole(path, replace=force) as folder:
             work = Work(source, tokenizer, folder, int(data.validation_fraction * HASH_LIMIT))
             _write_cache(data, work, workers=workers, progress=progress)
@@ -120,20 +122,19 @@ def _cache_root(data: DataConfig) -> pathlib.Path:
         from jaxscale import runtime  # brings JAX, which worker processes do without
 
         root = runtime.cache_root() / "tokens"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(data, root, error) from error
-    if not os.access(root, os.W_OK):
-        raise _unwritable(data, root, PermissionError("not writable"))
     return root
 
 
-def _unwritable(data: DataConfig, root: pathlib.Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"data.cache_dir={data.cache_dir!r}: {root} cannot be written "
-        f"({error.strerror or error}); set data.cache_dir to a folder of your own"
-    )
+def _make_writable(root: pathlib.Path, data: DataConfig) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir={data.cache_dir!r}: {root} cannot be written ({error.strerror}); "
+            "set data.cache_dir to a folder of your own"
+        ) from error
 
 
 def _folder_name(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:

@@ -100,7 +100,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Return the next state and the step's metrics; a non-finite step leaves the weights alone."""
     loss, gradients = loss_and_gradients(assembly, state.params, batch)
-    gradient_norm = optax.global_norm(gradients)
+    gradient_norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     learning_rate = assembly.schedule(state.step)
     params, optimizer = _update(assembly, state, gradients, learning_rate)

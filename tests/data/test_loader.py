@@ -75,11 +75,15 @@ def test_windows_around_each_boundary(cache: TokenCache, mask: bool) -> None:
     stream = read_stream(cache)
     split = cache.split("train")
     positions = np.flatnonzero(stream == EOS)[:8].tolist()
-    for position, shift in itertools.product(positions, (-1, 0, 1)):
+    for position, shift in itertools.product(positions, (-1, 0, 1, 2, 3)):
         length = position + shift
         windows = Windows(split, length, mask)
+        num_bytes = 0.0
         for index in range(min(2, len(windows))):
-            assert_same(windows[index], expected_window(stream, index, length, mask))
+            window = expected_window(stream, index, length, mask)
+            assert_same(windows[index], window)
+            num_bytes += (window["weights"] * (window["targets"] != EOS)).sum()
+            assert windows.text_bytes(index + 1) == num_bytes
 
 
 def test_rows_are_a_function_of_seed_and_step(cache: TokenCache, data: DataConfig) -> None:
@@ -255,8 +259,10 @@ def test_errors_of_reading_reach_the_caller(cache: TokenCache, fresh: DataConfig
     loader = make_loader(opened, fresh)
     for path in opened.path.glob("train-*.array_record"):
         path.unlink()
-    with pytest.raises(Exception, match=r"train-0000\d\.array_record"):
+    with pytest.raises(Exception, match=r"train-0000\d\.array_record") as error:
         next(loader.batches())
+    assert_threads_end()
+    assert error.tb is not None  # which would keep what is not closed alive
 
 
 ONE_PROCESS = """

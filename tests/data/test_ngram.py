@@ -89,7 +89,9 @@ def test_strengths_are_those_that_fit_held_out_text_best() -> None:
     np.testing.assert_array_equal(pairs.following, [5, 11, 0])
     np.testing.assert_array_equal(pairs.preceding, [7, 9, 0])
     np.testing.assert_array_equal(pairs.look_up(np.array([4, 0, 7, 2])), [9, 5, 0, 0])
-    # 64 is the nearest of the strengths to the minimum of this.
+    nothing = ngram._merge([], vocab=3)
+    np.testing.assert_array_equal(nothing.look_up(np.array([4, 0])), [0, 0])
+    # The best of the grid is next to the minimum.
     assert ngram._best(lambda k: abs(math.log(k / 60))) == pytest.approx(60, rel=0.4)
 
 

@@ -1,8 +1,15 @@
 """Prepare: what goes into a cache, when it is reused, and that only whole caches are seen."""
 
+import contextlib
 import dataclasses
+import multiprocessing
+import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -10,10 +17,12 @@ import pytest
 
 from jaxscale.config import ConfigError, DataConfig
 from jaxscale.data import prepare as prepare_module
-from jaxscale.data.prepare import PrepareResult, prepare
+from jaxscale.data.prepare import PrepareResult, Work, prepare, write_shard
 from jaxscale.data.sources import open_source
 from jaxscale.data.token_cache import SPLITS, TokenCache
 from jaxscale.data.tokenizer import load_tokenizer
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def documents_of(cache: TokenCache, split: str) -> list[str]:
@@ -84,6 +93,9 @@ def test_the_folder_is_named_by_what_goes_in(
     results = [prepare(variant) for variant in variants]
     assert not any(result.reused for result in results)
     assert len({result.path for result in results}) == len(variants)
+    victim = next(other_corpus.glob("*3.txt"))
+    victim.write_text(victim.read_text() + "more")
+    assert not prepare(variants[-1]).reused
     same = [dataclasses.replace(fresh, length=7), dataclasses.replace(fresh, document_mask=False)]
     assert all(prepare(variant).reused for variant in same)
 
@@ -103,6 +115,8 @@ def test_processes_write_what_one_process_writes(
     calls: list[tuple[int, int]] = []
     caches = []
     for workers in (1, 2):
+        if workers > 1:
+            monkeypatch.delattr(prepare_module, "_run_in_line")
         part = dataclasses.replace(fresh, cache_dir=str(tmp_path / f"workers-{workers}"))
         calls.clear()
         result = prepare(part, workers=workers, progress=lambda *call: calls.append(call))
@@ -112,9 +126,11 @@ def test_processes_write_what_one_process_writes(
         assert calls == sorted(set(calls))
     assert len(caches[0].index["splits"]["train"]["shards"]) > 2
     assert caches[0].fingerprint == caches[1].fingerprint
-    assert sorted(documents_of(caches[1], "train") + documents_of(caches[1], "validation")) == (
-        sorted(texts_of(fresh))
-    )
+    texts = texts_of(fresh)
+    found = [documents_of(caches[1], name) for name in SPLITS]
+    assert sorted(found[0] + found[1]) == sorted(texts)
+    for split in found:
+        assert split == sorted(split, key=texts.index)
 
 
 def test_the_split_is_of_the_content_and_not_of_names_or_order(
@@ -132,10 +148,15 @@ def test_the_split_is_of_the_content_and_not_of_names_or_order(
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.999999])
-def test_no_split_stays_empty(fresh: DataConfig, fraction: float) -> None:
+def test_no_split_stays_empty(
+    fresh: DataConfig, fraction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 1)
     result = prepare(dataclasses.replace(fresh, validation_fraction=fraction))
     assert min(result.train.documents, result.validation.documents) == 1
     assert result.train.documents + result.validation.documents == 40
+    files = {path.name for path in result.path.iterdir()}
+    assert files == {"index.json", *TokenCache(result.path).index["files"]}
 
 
 def test_without_a_fraction_nothing_is_held_apart(fresh: DataConfig) -> None:
@@ -193,6 +214,58 @@ def test_ctrl_c_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         prepare(fresh, workers=workers, progress=interrupt)
     assert visible(fresh) == []
+    assert multiprocessing.active_children() == []
+
+
+def test_a_shard_stops_when_told(fresh: DataConfig, tmp_path: pathlib.Path) -> None:
+    source = open_source(fresh.source, cache_dir=tmp_path)
+    work = Work(source, load_tokenizer("bytes"), tmp_path, validation_below=0)
+    stop = multiprocessing.Event()
+    assert len(write_shard(work, 0, range(5), stop=stop).splits["train"].document_starts) == 5
+    stop.set()
+    assert write_shard(work, 1, range(5), stop=stop).splits == {}
+
+
+SLOW_PREPARE = """
+import pathlib, sys, time
+from jaxscale.data import prepare
+from jaxscale.data.sources import Document
+from jaxscale.data.tokenizer import load_tokenizer
+
+class SlowSource:
+    def __getitem__(self, index):
+        pathlib.Path(sys.argv[1], f"read-{index}").touch()
+        time.sleep(0.1)
+        return Document("", "text")
+
+if __name__ == "__main__":
+    work = prepare.Work(SlowSource(), load_tokenizer("bytes"), pathlib.Path(sys.argv[1]), 0)
+    list(prepare._run_in_processes(work, [range(0, 300), range(300, 301)], 2))
+"""
+
+
+def test_ctrl_c_ends_the_workers_soon_and_quietly(tmp_path: pathlib.Path) -> None:
+    script = tmp_path / "slow_prepare.py"
+    script.write_text(SLOW_PREPARE)
+    run = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    while not ((tmp_path / "read-0").exists() and (tmp_path / "read-300").exists()):
+        assert run.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)  # the second worker has nothing left to do
+    os.killpg(run.pid, signal.SIGINT)
+    try:
+        error = run.communicate(timeout=15)[1]  # undisturbed, it takes 30 seconds
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == -signal.SIGINT
+    assert error.count("Traceback") == 1, error
 
 
 def test_of_two_at_once_the_first_wins(fresh: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:

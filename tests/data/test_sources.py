@@ -48,8 +48,9 @@ def test_files_change_their_fingerprint(tmp_path: pathlib.Path) -> None:
     spec = f"files:{tmp_path}/*.txt"
     seen = {open_source(spec, cache_dir=tmp_path).fingerprint}
     assert open_source(spec, cache_dir=tmp_path).fingerprint in seen
-    path.write_text("three")
+    os.utime(path, (1, 1))
     seen.add(open_source(spec, cache_dir=tmp_path).fingerprint)
+    path.write_text("three")
     os.utime(path, (1, 1))
     seen.add(open_source(spec, cache_dir=tmp_path).fingerprint)
     (tmp_path / "b.txt").write_text("two")

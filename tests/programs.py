@@ -1,0 +1,115 @@
+"""Small training programs and the comparison of their results, for the equality tests."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxscale.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RulesConfig,
+    TrainConfig,
+    resolve,
+)
+from jaxscale.train.state import (
+    BATCH_DTYPES,
+    Assembly,
+    Batch,
+    TrainState,
+    assemble,
+    init_params,
+    init_state,
+)
+
+# f32 sums in another order: each of the ~10 sums over some 100 terms between a weight and its gradient
+# may lose a few units in the last place, 1.2e-7 of the largest term. The figure is the project's goal.
+GRADIENT_TOLERANCE_F32 = 2e-5
+# One device or eight, the loss is a mean of the same 128 numbers.
+LOSS_TOLERANCE_F32 = 1e-6
+
+LENGTH, BATCH, VOCAB = 16, 8, 64
+
+
+def tiny_config(
+    *,
+    mesh: dict[str, int] | None = None,
+    model: dict[str, Any] | None = None,
+    rules: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+) -> Config:
+    """Return a resolved config of two layers in float32, on one device unless `mesh` says more."""
+    shape = {
+        "num_layers": 2,
+        "width": 32,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "hidden": 64,
+        "vocab_size": VOCAB,
+        "compute_dtype": "float32",
+    }
+    return resolve(
+        Config(
+            model=ModelConfig(**{**shape, **(model or {})}),
+            mesh=MeshConfig(**{"data": 1, **(mesh or {})}),
+            rules=RulesConfig(**(rules or {})),
+            data=DataConfig(length=LENGTH),
+            train=TrainConfig(**{"global_batch_size": BATCH, "steps": 100, **(train or {})}),
+            optimizer=OptimizerConfig(**{"warmup_steps": 2, "learning_rate": 1e-2, **(optimizer or {})}),
+        )
+    )
+
+
+def assemble_tiny(**sections: Any) -> Assembly:
+    """Assemble `tiny_config(**sections)` on as many devices as its mesh names."""
+    config = tiny_config(**sections)
+    sizes = dataclasses.asdict(config.mesh)
+    del sizes["num_slices"]
+    return assemble(config, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+@functools.cache
+def _drawn(model: ModelConfig) -> Any:
+    config = dataclasses.replace(tiny_config(), model=model)
+    return jax.device_get(init_params(assemble(config, jax.devices()[:1])))
+
+
+def first_state(assembly: Assembly) -> TrainState:
+    """Return the state of step 0, its parameters drawn once per model and then placed."""
+    shardings = assembly.definition.shardings(assembly.mesh)
+    return init_state(assembly, jax.device_put(_drawn(assembly.config.model), shardings))
+
+
+def host_batch(seed: int) -> dict[str, np.ndarray]:
+    """Return a batch of random tokens, documents and weights."""
+    random = np.random.default_rng(seed)
+    shape = (BATCH, LENGTH)
+    values = {
+        "tokens": random.integers(0, VOCAB, shape),
+        "targets": random.integers(0, VOCAB, shape),
+        "segments": np.sort(random.integers(1, 4, shape), axis=1),
+        "weights": random.integers(0, 4, shape) > 0,
+    }
+    return {name: value.astype(BATCH_DTYPES[name]) for name, value in values.items()}
+
+
+def batch_on(assembly: Assembly, seed: int) -> Batch:
+    """Return `host_batch(seed)` on the assembly's mesh."""
+    return {
+        name: jax.device_put(value, assembly.batch_sharding)
+        for name, value in host_batch(seed).items()
+    }
+
+
+def relative_errors(found: Any, expected: Any) -> dict[str, float]:
+    """Return max|a - b| / max|b| of every leaf, by its path."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected)]
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    errors = [np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max() for a, b in pairs]
+    return dict(zip(paths, map(float, errors), strict=True))

@@ -1,0 +1,173 @@
+"""The equality that defines the system: one device == every mesh, in loss, gradients and training."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale import records
+from jaxscale.train.state import Assembly, init_state
+from jaxscale.train.step import compile_step, loss_and_gradients
+from tests.programs import (
+    GRADIENT_TOLERANCE_F32,
+    LOSS_TOLERANCE_F32,
+    assemble_tiny,
+    batch_on,
+    first_state,
+    relative_errors,
+)
+
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"sequence": 8},
+    {"tensor": 4},
+    {"data": 2, "fsdp": 4},
+    {"data": 2, "tensor": 4},
+    {"data": 4, "sequence": 2},
+    {"fsdp": 2, "tensor": 4},
+    {"fsdp": 4, "sequence": 2},
+    {"sequence": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "sequence": 2, "tensor": 2},
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
+]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt": {
+        "norm": "layernorm",
+        "mlp": "plain",
+        "activation": "gelu_tanh",
+        "biases": "all",
+        "tie_embeddings": True,
+        "num_kv_heads": 0,
+    },
+    "parallel block, qk norm": {"block": "parallel", "qk_norm": True, "biases": "qkv"},
+    "learned positions": {"positions": "learned"},
+}
+PROGRAMS: dict[str, dict[str, Any]] = {
+    "residual region along sequence and tensor": {
+        "mesh": {"sequence": 2, "tensor": 4},
+        "rules": {"residual_length": "sequence,tensor"},
+    },
+    "kv heads not sharded": {"mesh": {"tensor": 8}, "rules": {"kv_heads": None}},
+    "optimizer sharded, parameters not (ZeRO-1)": {"mesh": {"fsdp": 8}, "rules": {"embed": None}},
+    "loss in chunks": {
+        "mesh": {"data": 2, "sequence": 2, "tensor": 2},
+        "train": {"loss_chunk_tokens": 8},
+    },
+    "accumulation": {"mesh": {"data": 2, "fsdp": 2}, "train": {"accumulation_steps": 2}},
+    "remat none": {"mesh": {"fsdp": 2, "tensor": 2}, "model": {"remat": "none"}},
+    "remat dots": {"mesh": {"fsdp": 2, "tensor": 2}, "model": {"remat": "dots"}},
+    "remat names": {"mesh": {"fsdp": 2, "tensor": 2}, "model": {"remat": "names"}},
+    "two slices": {"mesh": {"data": 4, "fsdp": 2, "num_slices": 2}},
+}
+
+
+def name_of(mesh: dict[str, int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in mesh.items())
+
+
+def first_gradients(assembly: Assembly) -> tuple[float, Any]:
+    """Return loss and gradients of the first batch at the initial parameters."""
+    params = first_state(assembly).params
+    with jax.set_mesh(assembly.mesh):
+        compute = jax.jit(functools.partial(loss_and_gradients, assembly))
+        loss, gradients = compute(params, batch_on(assembly, 0))
+    return float(loss), jax.device_get(gradients)
+
+
+@functools.cache
+def reference(variant: str = "") -> tuple[float, Any]:
+    return first_gradients(assemble_tiny(model=VARIANTS.get(variant)))
+
+
+def check_first_gradients(found: tuple[float, Any], expected: tuple[float, Any]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=LOSS_TOLERANCE_F32)
+    errors = relative_errors(found[1], expected[1])
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= GRADIENT_TOLERANCE_F32, worst
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
+def test_loss_and_every_gradient_equal_one_device(mesh: dict[str, int]) -> None:
+    check_first_gradients(first_gradients(assemble_tiny(mesh=mesh)), reference())
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_way_to_run_it_equals_the_plain_one(name: str) -> None:
+    check_first_gradients(first_gradients(assemble_tiny(**PROGRAMS[name])), reference())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_block_variants_equal_one_device(variant: str) -> None:
+    assembly = assemble_tiny(
+        mesh={"fsdp": 2, "sequence": 2, "tensor": 2}, model=VARIANTS[variant]
+    )
+    found, expected = first_gradients(assembly), reference(variant)
+    if variant == "learned positions":
+        assert found[0] == pytest.approx(expected[0], rel=LOSS_TOLERANCE_F32)
+        assert relative_errors(found[1]["positions"], expected[1]["positions"])[""] < 2e-5
+    else:
+        check_first_gradients(found, expected)
+
+
+def train_20_steps(assembly: Assembly) -> tuple[list[float], list[int]]:
+    """Return loss and batch hash of 20 steps over five batches, with one compiled program."""
+    state, step = first_state(assembly), compile_step(assembly)
+    losses, hashes = [], []
+    with jax.set_mesh(assembly.mesh):
+        for number in range(20):
+            state, metrics = step(state, batch_on(assembly, number % 5))
+            losses.append(float(metrics[records.LOSS]))
+            hashes.append(int(metrics[records.BATCH_HASH]))
+    assert int(state.step) == 20
+    return losses, hashes
+
+
+@functools.cache
+def trained_reference() -> tuple[list[float], list[int]]:
+    return train_20_steps(assemble_tiny())
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
+def test_20_training_steps_equal_one_device(mesh: dict[str, int]) -> None:
+    losses, hashes = train_20_steps(assemble_tiny(mesh=mesh))
+    expected, expected_hashes = trained_reference()
+    assert expected[-1] < 0.8 * expected[0]
+    np.testing.assert_allclose(losses, expected, rtol=GRADIENT_TOLERANCE_F32)
+    assert hashes == expected_hashes
+    assert len(set(hashes)) == 5
+
+
+def test_accumulation_of_4_times_2_equals_1_times_8() -> None:
+    parts = train_20_steps(assemble_tiny(train={"accumulation_steps": 4}))
+    np.testing.assert_allclose(parts[0], trained_reference()[0], rtol=GRADIENT_TOLERANCE_F32)
+
+
+def test_initial_parameters_are_the_same_on_every_mesh_and_born_sharded(
+    devices: list[jax.Device],
+) -> None:
+    shape = {"width": 64, "hidden": 256, "num_layers": 4}
+    expected = jax.device_get(init_state(assemble_tiny(model=shape)).params)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(expected))
+    for mesh in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        params = init_state(assemble_tiny(model=shape, mesh=mesh)).params
+        assert max(relative_errors(jax.device_get(params), expected).values()) == 0
+        held = [0] * len(devices)
+        for leaf in jax.tree.leaves(params):
+            for shard in leaf.addressable_shards:
+                held[shard.device.id] += shard.data.nbytes
+        shards = 8 // mesh.get("data", 1)
+        # Norms are replicated: 2 x width per layer, one in 150 parameters.
+        assert max(held) < 1.1 * total / shards
+
+
+def test_no_device_makes_the_whole_model_on_the_way(devices: list[jax.Device]) -> None:
+    assembly = assemble_tiny(mesh={"fsdp": 8}, model={"width": 256, "hidden": 1024})
+    definition = assembly.definition
+    total = sum(4 * leaf.size for leaf in jax.tree.leaves(definition.shapes))
+    make = jax.jit(definition.init, out_shardings=definition.shardings(assembly.mesh))
+    memory = make.lower(jax.random.key(0)).compile().memory_analysis()
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < total / 2
