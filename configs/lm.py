@@ -7,8 +7,8 @@
     jaxscale train --config=configs/lm.py:tiny --workdir=runs/tiny --devices=cpu:8
 
 trains `tiny` on the Python standard library's source; after 600 steps its bits per byte are below
-those of a bigram model (`jaxscale evaluate --workdir=runs/tiny --baselines` prints both). From `1b` on
-set `data.tokenizer` to the tokenizer.json that fits the vocabulary.
+those of a bigram model (`jaxscale evaluate --workdir=runs/tiny --baselines` prints both). From `1b`
+on set `data.tokenizer` to the tokenizer.json that fits the vocabulary.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """The command line: `jaxscale VERB ...`, a thin door to functions that Python can call as well.
 
-Exit codes: 0 done, 1 a check or the run failed, 2 the command or config is wrong, 75 preempted after
-a clean save (run the same command again), 130 interrupted. Heavy imports wait for their verb.
+Exit codes: 0 done, 1 a check or the run failed, 2 the command or config is wrong, 75 preempted
+after a clean save (run the same command again), 130 interrupted. Heavy imports wait for their verb.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="jaxscale", description="Scale a transformer in JAX, from laptop to pod.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs: Any = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", metavar="FILE[:ARG]", help="such as configs/lm.py:tiny")
     common.add_argument("--workdir", metavar="DIR", help="folder of the run")
@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         note = "Any knob can be set with --config.SECTION.KNOB=VALUE."
-        sub = verbs.add_parser(name, parents=[common], help=text, description=text, epilog=note)
+        sub: argparse.ArgumentParser = verbs.add_parser(
+            name, parents=[common], help=text, description=text, epilog=note
+        )
         sub.set_defaults(run=run)
         return sub
 
@@ -165,9 +167,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from jaxscale.doctor import examine, render
 
     config = _given_config(args) or Config()
-    report = examine(
-        config.runtime, config.data, workdir=args.workdir or "", devices=args.devices
-    )
+    report = examine(config.runtime, config.data, workdir=args.workdir or "", devices=args.devices)
     Console().print(render(report))
     _write_result(args, config, [dataclasses.asdict(row) for row in report.rows])
     return FAILED if report.failed else DONE

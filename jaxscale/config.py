@@ -1,8 +1,8 @@
 """Every knob of jaxscale, stated once: its type, default, unit and limits.
 
-A `Config` is a tree of frozen dataclasses, one per section; each function takes the smallest section
-it needs. `validate` checks what can be checked without devices. Reading config files, command-line
-overrides and JSON is `config_source.py`'s work.
+A `Config` is a tree of frozen dataclasses, one per section; each function takes the smallest
+section it needs. `validate` checks what can be checked without devices. Reading config files,
+command-line overrides and JSON is `config_source.py`'s work.
 """
 
 import dataclasses
@@ -41,12 +41,18 @@ class ModelConfig:
     hidden: int = knob(384, "features inside the MLP", minimum=1)
     vocab_size: int = knob(384, "rows of the embedding; at least the tokenizer's size", minimum=2)
     max_length: int = knob(0, "rows of learned positions, tokens; 0 = data.length", minimum=0)
-    block: str = knob("serial", "attention before or beside the MLP", choices=("serial", "parallel"))
+    block: str = knob(
+        "serial", "attention before or beside the MLP", choices=("serial", "parallel")
+    )
     norm: str = knob("rmsnorm", "normalisation", choices=("rmsnorm", "layernorm"))
     norm_epsilon: float = knob(1e-5, "added to the variance before its root", minimum=0)
     mlp: str = knob("gated", "act(gate) * up, or act(up)", choices=("gated", "plain"))
-    activation: str = knob("silu", "MLP nonlinearity", choices=("silu", "gelu", "gelu_tanh", "relu"))
-    biases: str = knob("none", "which projections and norms have biases", choices=("none", "qkv", "all"))
+    activation: str = knob(
+        "silu", "MLP nonlinearity", choices=("silu", "gelu", "gelu_tanh", "relu")
+    )
+    biases: str = knob(
+        "none", "which projections and norms have biases", choices=("none", "qkv", "all")
+    )
     positions: str = knob("rotary", "position encoding", choices=("rotary", "learned"))
     rope_theta: float = knob(10_000.0, "base period of rotary positions", minimum=1)
     rope_scaling: str = knob(
@@ -63,7 +69,9 @@ class ModelConfig:
         choices=("all_gather",),
         free=True,
     )
-    compute_dtype: str = knob("bfloat16", "dtype of activations and gathered weights", choices=DTYPES)
+    compute_dtype: str = knob(
+        "bfloat16", "dtype of activations and gathered weights", choices=DTYPES
+    )
     param_dtype: str = knob("float32", "dtype of stored parameters", choices=DTYPES)
     remat: str = knob(
         "full",
@@ -88,7 +96,9 @@ class MeshConfig:
     fsdp: int = knob(1, "shards of parameters, optimizer and batch", minimum=-1)
     sequence: int = knob(1, "shards of the sequence length", minimum=-1)
     tensor: int = knob(1, "shards of heads, hidden and vocabulary", minimum=-1)
-    num_slices: int = knob(1, "slices joined by the slow network; data or stage spans them", minimum=1)
+    num_slices: int = knob(
+        1, "slices joined by the slow network; data or stage spans them", minimum=1
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,11 +136,15 @@ class DataConfig:
 class TrainConfig:
     """The step and the loop."""
 
-    steps: int = knob(1000, "optimizer steps of the whole run (may grow on resume)", minimum=0, free=True)
+    steps: int = knob(
+        1000, "optimizer steps of the whole run (may grow on resume)", minimum=0, free=True
+    )
     global_batch_size: int = knob(
         32, "sequences per step, over all devices and accumulation steps", minimum=1
     )
-    accumulation_steps: int = knob(1, "microbatches whose gradients are summed", minimum=1, free=True)
+    accumulation_steps: int = knob(
+        1, "microbatches whose gradients are summed", minimum=1, free=True
+    )
     seed: int = knob(0, "seed of initialisation and batch order", minimum=0)
     loss_chunk_tokens: int = knob(
         -1,
@@ -143,8 +157,12 @@ class TrainConfig:
         10, "end the run after so many skipped steps in a row", minimum=1, free=True
     )
     log_every: int = knob(10, "steps between metrics", minimum=1, free=True)
-    eval_every: int = knob(0, "steps between evaluations; 0 = only at the end", minimum=0, free=True)
-    eval_batches: int = knob(16, "batches per evaluation; 0 = the whole validation set", minimum=0, free=True)
+    eval_every: int = knob(
+        0, "steps between evaluations; 0 = only at the end", minimum=0, free=True
+    )
+    eval_batches: int = knob(
+        16, "batches per evaluation; 0 = the whole validation set", minimum=0, free=True
+    )
     sample_every: int = knob(0, "steps between text samples; 0 = never", minimum=0, free=True)
     sample_prompt: str = knob("def ", "prompt of the text samples", free=True)
 
@@ -158,7 +176,9 @@ class OptimizerConfig:
     schedule: str = knob(
         "cosine", "decay after warm-up", choices=("constant", "cosine", "linear", "wsd")
     )
-    schedule_steps: int = knob(0, "steps the schedule spans; 0 = train.steps of the first run", minimum=0)
+    schedule_steps: int = knob(
+        0, "steps the schedule spans; 0 = train.steps of the first run", minimum=0
+    )
     warmup_steps: int = knob(100, "steps of linear warm-up", minimum=0)
     decay_fraction: float = knob(0.2, "wsd: last share of the schedule that decays", minimum=0)
     final_fraction: float = knob(0.1, "learning rate at the end, as a share of the peak", minimum=0)
@@ -173,9 +193,13 @@ class OptimizerConfig:
 class CheckpointConfig:
     """When to save, what to keep, where to start from."""
 
-    every_steps: int = knob(500, "steps between saves; the last step is always saved", minimum=1, free=True)
+    every_steps: int = knob(
+        500, "steps between saves; the last step is always saved", minimum=1, free=True
+    )
     keep_last: int = knob(3, "newest checkpoints kept", minimum=1, free=True)
-    keep_every: int = knob(0, "also keep each multiple of so many steps; 0 = none", minimum=0, free=True)
+    keep_every: int = knob(
+        0, "also keep each multiple of so many steps; 0 = none", minimum=0, free=True
+    )
     restore_from: str = knob("", "workdir to continue from where this one is empty", free=True)
     init_from: str = knob("", "workdir whose parameters alone are taken at step 0", free=True)
 
@@ -253,7 +277,8 @@ def fill(config: Config, previous: Config | None = None) -> Config:
     )
     chunk = train.loss_chunk_tokens
     train = dataclasses.replace(
-        train, loss_chunk_tokens=(2048 if model.vocab_size >= 128_000 else 0) if chunk < 0 else chunk
+        train,
+        loss_chunk_tokens=(2048 if model.vocab_size >= 128_000 else 0) if chunk < 0 else chunk,
     )
     spanned = previous.optimizer.schedule_steps if previous else train.steps
     optimizer = dataclasses.replace(
@@ -280,15 +305,20 @@ def _check_limits(section: str, values: Any) -> None:
         value = getattr(values, field.name)
         choices, minimum = field.metadata["choices"], field.metadata["minimum"]
         if choices and value not in choices:
-            raise ConfigError(f"{section}.{field.name}={value!r} is not one of {', '.join(choices)}")
+            raise ConfigError(
+                f"{section}.{field.name}={value!r} is not one of {', '.join(choices)}"
+            )
         if minimum is not None and not value >= minimum:
-            raise ConfigError(f"{section}.{field.name}={value} is too small; the least is {minimum}")
+            raise ConfigError(
+                f"{section}.{field.name}={value} is too small; the least is {minimum}"
+            )
 
 
 def _check_model(model: ModelConfig, data: DataConfig) -> None:
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
         raise ConfigError(
-            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}"
+            f"model.num_kv_heads={model.num_kv_heads} does not divide "
+            f"model.num_heads={model.num_heads}"
         )
     if model.positions == "rotary" and model.head_dim % 2:
         raise ConfigError(
@@ -311,18 +341,22 @@ def _check_loop(config: Config) -> None:
     if 0 < optimizer.schedule_steps < optimizer.warmup_steps:
         raise ConfigError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds "
-            f"optimizer.schedule_steps={optimizer.schedule_steps} (0 = train.steps); lower the warm-up"
+            f"optimizer.schedule_steps={optimizer.schedule_steps} (0 = train.steps); lower it"
         )
     if not 0 <= config.data.validation_fraction < 1:
         raise ConfigError(
             f"data.validation_fraction={config.data.validation_fraction} is not in [0, 1)"
         )
     if profile and (len(profile) != 2 or profile[0] > profile[1]):
-        raise ConfigError(f"runtime.profile_steps={profile} is not a first and a last step, like 10,12")
+        raise ConfigError(
+            f"runtime.profile_steps={profile} is not a first and a last step, like 10,12"
+        )
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
-    sizes = {f.name: getattr(mesh, f.name) for f in dataclasses.fields(mesh) if f.name != "num_slices"}
+    sizes = {
+        f.name: getattr(mesh, f.name) for f in dataclasses.fields(mesh) if f.name != "num_slices"
+    }
     if 0 in sizes.values():
         name = next(n for n, size in sizes.items() if size == 0)
         raise ConfigError(f"mesh.{name}=0; use 1 for off or -1 for the rest of the devices")

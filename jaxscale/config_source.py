@@ -1,8 +1,8 @@
 """Where a Config comes from and where it goes: config files, overrides, JSON, differences.
 
-A config file is Python with `get_config(arg) -> ml_collections.ConfigDict`; it is named as `FILE` or
-`FILE:ARG` and lists only what differs from the defaults. The dataclasses of `config.py` decide what
-is a knob and of which type; ml_collections stops here.
+A config file is Python with `get_config(arg) -> ml_collections.ConfigDict`; it is named as `FILE`
+or `FILE:ARG` and lists only what differs from the defaults. The dataclasses of `config.py` decide
+what is a knob and of which type; ml_collections stops here.
 """
 
 import ast
@@ -53,7 +53,7 @@ def _run_config_file(source: str) -> Mapping[str, Any]:
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """Build a Config from nested mappings of section to knob to value; what is absent keeps its default."""
+    """Build a Config from nested mappings; a knob that is absent keeps its default."""
     config = Config()
     for section, knobs in values.items():
         if not isinstance(knobs, Mapping):
@@ -70,7 +70,7 @@ def override(config: Config, key: str, text: str) -> Config:
 
 
 def to_mapping(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the config as plain nested dicts that JSON can hold; `from_mapping` reads them back."""
+    """Return the config as nested dicts for JSON; `from_mapping` reads them back."""
     mapping = dataclasses.asdict(config)
     return {
         section: {k: list(v) if isinstance(v, tuple) else v for k, v in knobs.items()}
@@ -96,7 +96,7 @@ class Change:
 
 
 def changes(old: Config, new: Config, *, only_fixed: bool = False) -> list[Change]:
-    """List the knobs that differ; with `only_fixed`, those that must not change when a run resumes."""
+    """List the knobs that differ; with `only_fixed`, those that a resume must not change."""
     before, after = flatten(old), flatten(new)
     found = [Change(key, before[key], after[key]) for key in after if before[key] != after[key]]
     if only_fixed:
@@ -160,8 +160,9 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
     if isinstance(kind, types.UnionType):
         if value is None or isinstance(value, str):
             return value
-    elif typing.get_origin(kind) is not tuple:
-        if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+    elif kind is bool or not isinstance(value, bool):
+        plain = typing.get_origin(kind) is None
+        if plain and isinstance(value, kind):
             return value
     raise ConfigError(f"{key}={value!r} has a wrong type; it takes {_type_name(kind)}")
 

@@ -59,7 +59,7 @@ class Generator:
         self._decode = jax.jit(self._decode_program, static_argnums=2, donate_argnums=1)
 
     def generate(
-        self, params: Params, prompts: Sequence[Sequence[int]], sampling: Sampling
+        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], sampling: Sampling
     ) -> list[list[int]]:
         """Return the new tokens of each prompt, up to and without the end-of-text token.
 
@@ -73,7 +73,8 @@ class Generator:
         slots = max(lengths) + sampling.max_tokens
         if model.positions == "learned" and slots > model.max_length:
             raise ConfigError(
-                f"prompt and max_tokens need {slots} positions but model.max_length={model.max_length}"
+                f"prompt and max_tokens need {slots} positions, but "
+                f"model.max_length={model.max_length}"
             )
         slots = -(-slots // SMALLEST_BUCKET) * SMALLEST_BUCKET + STEPS_PER_DISPATCH
         bucket = max(SMALLEST_BUCKET, 1 << (max(lengths) - 1).bit_length())
@@ -101,9 +102,9 @@ class Generator:
         definition = self.definition
         B, L = tokens_BL.shape
         decoder = definition.bind(params)
-        cache = empty_cache(definition.model, definition.rules, batch=B, slots=slots)
+        empty = empty_cache(definition.model, definition.rules, batch=B, slots=slots)
         positions_BL = jax.lax.broadcasted_iota(jnp.int32, (B, L), 1)
-        x_BLD, cache = decoder(tokens_BL, Span(positions_BL), cache)
+        x_BLD, cache = decoder(tokens_BL, Span(positions_BL), empty)
         assert cache is not None
         last_BL1 = (positions_BL == lengths_B[:, None] - 1)[:, :, None]
         x_B1D = jnp.sum(jnp.where(last_BL1, x_BLD, 0), axis=1, keepdims=True)
@@ -130,7 +131,7 @@ class Generator:
     ) -> jax.Array:
         logits_B1V = decoder.logits(x_B1D)
         logits_BV = self.definition.rules.place(logits_B1V, None, None, None)[:, 0]
-        logits_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None, :] < self.num_ids, logits_BV, NEVER)
+        logits_BV = jnp.where(
+            jnp.arange(logits_BV.shape[1])[None, :] < self.num_ids, logits_BV, NEVER
+        )
         return choose(logits_BV, positions_B, jnp.arange(logits_BV.shape[0]), sampling)
-
-

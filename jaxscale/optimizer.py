@@ -1,7 +1,7 @@
 """The update rule and the learning-rate schedule, from optax.
 
-The schedule is a function of the step alone and is applied by the step, so that the optimizer's state
-holds moments and nothing that a resume could get wrong.
+The schedule is a function of the step alone and is applied by the step, so that the optimizer's
+state holds moments and nothing that a resume could get wrong.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def make_schedule(config: OptimizerConfig) -> Schedule:
 
 
 def _decay(config: OptimizerConfig, progress: jax.Array) -> jax.Array:
-    """Return how much of the way from the final to the peak rate is left, at a share of the decay."""
+    """Return the share of the way from the final to the peak rate that is left."""
     if config.schedule == "constant":
         return jnp.ones_like(progress)
     if config.schedule == "linear":

@@ -24,7 +24,8 @@ HEARTBEAT_TIMEOUT_SECONDS = 60
 
 def set_jax_flags() -> None:
     """Set the JAX flags that the sharding code relies on; harmless to call twice."""
-    # A sharding that names an axis of size 1 would differ from one that does not, and compile twice.
+    # A sharding that names an axis of size 1 would differ from one that does not, and compile
+    # twice.
     jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
 
 
@@ -117,7 +118,7 @@ def join(group: ProcessGroup, *, timeout_seconds: int) -> None:
     Raises:
       ConfigError: the others did not come in time.
     """
-    if jax.config.jax_platforms == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
+    if jax.config.read("jax_platforms") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -130,7 +131,8 @@ def join(group: ProcessGroup, *, timeout_seconds: int) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[0]
         raise ConfigError(
-            f"process {group.process_id} of {group.num_processes} found no group at {group.address} "
+            f"process {group.process_id} of {group.num_processes} found no group at "
+            f"{group.address} "
             f"within runtime.start_timeout_seconds={timeout_seconds}: {first}"
         ) from error
 

@@ -1,7 +1,7 @@
 """A run's folder: the config it belongs to, and whether another config may go on in it.
 
-`config.json` and `environment.json` stand beside the metrics and checkpoints. Every check here comes
-before anything compiles.
+`config.json` and `environment.json` stand beside the metrics and checkpoints. Every check here
+comes before anything compiles.
 """
 
 import os
@@ -20,7 +20,9 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
     """
     path = pathlib.Path(workdir) / records.CONFIG_FILE
     if not path.is_file():
-        raise ConfigError(f"--workdir={workdir}: no {records.CONFIG_FILE} there; run jaxscale train first")
+        raise ConfigError(
+            f"--workdir={workdir}: no {records.CONFIG_FILE} there; run jaxscale train first"
+        )
     return config_source.from_mapping(records.read_json(path))
 
 

@@ -27,8 +27,9 @@ from jaxscale.train.state import (
     init_state,
 )
 
-# f32 sums in another order: each of the ~10 sums over some 100 terms between a weight and its gradient
-# may lose a few units in the last place, 1.2e-7 of the largest term. The figure is the project's goal.
+# f32 sums in another order: each of the ~10 sums over some 100 terms between a weight and its
+# gradient may lose a few units in the last place, 1.2e-7 of the largest term. The figure is the
+# project's goal.
 GRADIENT_TOLERANCE_F32 = 2e-5
 # One device or eight, the loss is a mean of the same 128 numbers.
 LOSS_TOLERANCE_F32 = 1e-6
@@ -61,7 +62,9 @@ def tiny_config(
             rules=RulesConfig(**(rules or {})),
             data=DataConfig(length=LENGTH),
             train=TrainConfig(**{"global_batch_size": BATCH, "steps": 100, **(train or {})}),
-            optimizer=OptimizerConfig(**{"warmup_steps": 2, "learning_rate": 1e-2, **(optimizer or {})}),
+            optimizer=OptimizerConfig(
+                **{"warmup_steps": 2, "learning_rate": 1e-2, **(optimizer or {})}
+            ),
         )
     )
 
@@ -109,7 +112,9 @@ def batch_on(assembly: Assembly, seed: int) -> Batch:
 
 def relative_errors(found: Any, expected: Any) -> dict[str, float]:
     """Return max|a - b| / max|b| of every leaf, by its path."""
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected)]
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected)
+    ]
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     errors = [np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max() for a, b in pairs]
     return dict(zip(paths, map(float, errors), strict=True))

@@ -1,7 +1,7 @@
 """From logits to the next token: temperature, top-k, top-p, one key per request and position.
 
-The key depends on seed, request and position alone, so that a request's tokens do not depend on what
-else is in its batch.
+The key depends on seed, request and position alone, so that a request's tokens do not depend on
+what else is in its batch.
 """
 
 # B batch, V vocab
@@ -37,7 +37,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of its limits."""
         if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature} is negative; 0 means the most likely")
+            raise ConfigError(
+                f"temperature={self.temperature} is negative; 0 means the most likely"
+            )
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k} is negative; 0 means all tokens")
         if not 0 < self.top_p <= 1:

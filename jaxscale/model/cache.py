@@ -45,8 +45,13 @@ def write(cache: Cache, keys_BLKH: Any, values_BLKH: Any, start_B: jax.Array) ->
         )
     # Bring token l of each row to slot start + l: a gather along the length.
     source_BS = jnp.clip(offset_BS, 0, length - 1)
-    take = jax.vmap(lambda x, index: jnp.take(x, index, axis=0))
     return Cache(
-        jnp.where(is_new_BS11, take(keys_BLKH, source_BS), cache.keys),
-        jnp.where(is_new_BS11, take(values_BLKH, source_BS), cache.values),
+        jnp.where(is_new_BS11, _take_rows(keys_BLKH, source_BS), cache.keys),
+        jnp.where(is_new_BS11, _take_rows(values_BLKH, source_BS), cache.values),
     )
+
+
+def _take_rows(x_BLKH: jax.Array, index_BS: jax.Array) -> jax.Array:
+    """Return x[b, index[b, s]] for every row b and slot s."""
+    taken: jax.Array = jax.vmap(lambda x, index: jnp.take(x, index, axis=0))(x_BLKH, index_BS)
+    return taken

@@ -25,7 +25,7 @@ def num_matmul_parameters(model: ModelConfig) -> int:
 
 
 def forward_flops_per_token(model: ModelConfig, length: int) -> float:
-    """Return 2 x matmul parameters + 2 x length x heads x head_dim x layers (causal half), in FLOPs."""
+    """Return 2 x matmul parameters + 2 x length x heads x head_dim x layers, in FLOPs."""
     attention = 2.0 * length * model.num_heads * model.head_dim * model.num_layers
     return 2.0 * num_matmul_parameters(model) + attention
 

@@ -1,7 +1,8 @@
 """The decoder: embedding, blocks run by one scan, final norm, head; and its definition as data.
 
-`define` gives shapes, logical axes and the initialiser without making a weight. Parameters travel as
-a plain nested dict; `Definition.bind` turns them into a callable Decoder inside a jitted function.
+`define` gives shapes, logical axes and the initialiser without making a weight. Parameters travel
+as a plain nested dict; `Definition.bind` turns them into a callable Decoder inside a jitted
+function.
 """
 
 # B batch, L query length, D width, V vocab
@@ -97,7 +98,9 @@ class Decoder(nnx.Module):
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Return the float32 logits, (B, L, V), of normalised hidden states."""
         rules = self.rules
-        param, pattern = (self.embedding, "bld,vd->blv") if self.head is None else (self.head, "bld,dv->blv")
+        param, pattern = (
+            (self.embedding, "bld,vd->blv") if self.head is None else (self.head, "bld,dv->blv")
+        )
         return jnp.einsum(
             pattern,
             rules.place(x_BLD, "batch", "length", "width"),

@@ -99,8 +99,8 @@ def rotary(x_BLNH: jax.Array, positions_BL: jax.Array, model: ModelConfig) -> ja
 def _frequencies(model: ModelConfig) -> jax.Array:
     """Return the H/2 angular frequencies per token, after `model.rope_scaling`.
 
-    Source of "llama3": the Llama 3.1 release; slow turns are stretched by rope_factor, fast ones kept,
-    and those between 1 and 4 turns per original context blended.
+    Source of "llama3": the Llama 3.1 release; slow turns are stretched by rope_factor, fast ones
+    kept, and those between 1 and 4 turns per original context blended.
     """
     exponents = jnp.arange(0, model.head_dim, 2, dtype=jnp.float32) / model.head_dim
     frequencies = model.rope_theta**-exponents
@@ -120,21 +120,17 @@ class Attention(nnx.Module):
     def __init__(self, model: ModelConfig, rules: Rules, rngs: nnx.Rngs) -> None:
         self.model, self.rules = model, rules
         D, H = model.width, model.head_dim
-        N, K = {"heads": model.num_heads}, {"kv_heads": model.num_kv_heads}
-        self.query = matrix(rngs, model, {"embed": D, **N, "head_dim": H}, fan_in=D)
-        self.key = matrix(rngs, model, {"embed": D, **K, "head_dim": H}, fan_in=D)
-        self.value = matrix(rngs, model, {"embed": D, **K, "head_dim": H}, fan_in=D)
-        self.out = matrix(
-            rngs,
-            model,
-            {**N, "head_dim": H, "embed": D},
-            fan_in=model.num_heads * H,
-            scale=(2 * model.num_layers) ** -0.5,
-        )
+        queries: dict[Axis, int] = {"heads": model.num_heads, "head_dim": H}
+        pairs: dict[Axis, int] = {"kv_heads": model.num_kv_heads, "head_dim": H}
+        self.query = matrix(rngs, model, {"embed": D, **queries}, fan_in=D)
+        self.key = matrix(rngs, model, {"embed": D, **pairs}, fan_in=D)
+        self.value = matrix(rngs, model, {"embed": D, **pairs}, fan_in=D)
+        fan_in, scale = model.num_heads * H, (2 * model.num_layers) ** -0.5
+        self.out = matrix(rngs, model, {**queries, "embed": D}, fan_in=fan_in, scale=scale)
         biased = model.biases != "none"
-        self.query_bias = vector(model, {**N, "head_dim": H}, value=0.0) if biased else None
-        self.key_bias = vector(model, {**K, "head_dim": H}, value=0.0) if biased else None
-        self.value_bias = vector(model, {**K, "head_dim": H}, value=0.0) if biased else None
+        self.query_bias = vector(model, queries, value=0.0) if biased else None
+        self.key_bias = vector(model, pairs, value=0.0) if biased else None
+        self.value_bias = vector(model, pairs, value=0.0) if biased else None
         self.out_bias = vector(model, {"width": D}, value=0.0) if model.biases == "all" else None
         self.query_norm = Norm(model, "head_dim", H) if model.qk_norm else None
         self.key_norm = Norm(model, "head_dim", H) if model.qk_norm else None

@@ -1,7 +1,8 @@
 """Cross entropy, in float32, with a vocabulary that may be sharded.
 
-No gather from the logits: the label's logit is picked by comparison, so each shard of the vocabulary
-works alone. With `chunk_tokens`, only that many tokens' logits exist at once on each device.
+No gather from the logits: the label's logit is picked by comparison, so each shard of the
+vocabulary works alone. With `chunk_tokens`, only that many tokens' logits exist at once on each
+device.
 """
 
 # B batch, L query length, D width, V vocab, C chunks
@@ -63,7 +64,9 @@ def _num_chunks(x_BLD: jax.Array, rules: Rules, chunk_tokens: int) -> int:
     length = x_BLD.shape[1] // rules.num_shards("length")
     if not chunk_tokens:
         return 1
-    fitting = (c for c in range(1, length + 1) if length % c == 0 and rows * length <= chunk_tokens * c)
+    fitting = (
+        c for c in range(1, length + 1) if length % c == 0 and rows * length <= chunk_tokens * c
+    )
     return next(fitting, length)
 
 

@@ -1,7 +1,7 @@
 """From the mesh section to a `jax.sharding.Mesh`.
 
-With `sharding.py`, the only place that names mesh axes. Axes stand outermost first: what talks least
-(stages, replicas) is farthest apart, what talks most (tensor) sits on neighbouring devices.
+With `sharding.py`, the only place that names mesh axes. Axes stand outermost first: what talks
+least (stages, replicas) is farthest apart, what talks most (tensor) sits on neighbouring devices.
 """
 
 import math
@@ -43,7 +43,7 @@ def axis_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def _fitting(sizes: dict[str, int], num_devices: int) -> list[str]:
-    """Return up to three meshes near `sizes` that use all devices: one axis changed, or the default."""
+    """Return up to three meshes that use all devices, each one axis away from `sizes`."""
     found = []
     for axis in AXES:
         others = math.prod(s for a, s in sizes.items() if a != axis and s != -1)
@@ -95,7 +95,7 @@ def _grid(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 def _hybrid_grid(
     inner: tuple[int, ...], outer: tuple[int, ...], devices: Sequence[Any]
 ) -> np.ndarray:
-    """Place `outer` across slices and `inner` inside each; fake devices count as slices in order."""
+    """Place `outer` across slices, `inner` inside; fake devices are slices in order."""
     if hasattr(devices[0], "slice_index"):
         return mesh_utils.create_hybrid_device_mesh(
             inner, outer, devices, allow_split_physical_axes=True

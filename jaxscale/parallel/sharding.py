@@ -45,7 +45,8 @@ class Rules:
             for axis in axes:
                 if axis not in AXES:
                     raise ConfigError(
-                        f"rules.{field.name}={value}: no mesh axis {axis}; axes are {', '.join(AXES)}"
+                        f"rules.{field.name}={value}: no mesh axis {axis}; "
+                        f"axes are {', '.join(AXES)}"
                     )
             if len(set(axes)) < len(axes):
                 raise ConfigError(f"rules.{field.name}={value} names a mesh axis twice")
@@ -58,11 +59,11 @@ class Rules:
         return dataclasses.replace(self, table=tuple(table.items()))
 
     def without_batch(self) -> "Rules":
-        """Return the rules for a batch too small to shard: only parameters and heads are sharded."""
+        """Return the rules for a batch too small to shard: only parameters and heads are."""
         return self.replace(batch=(), length=(), residual_length=())
 
     def mesh_axes(self, logical: Axis, mesh: Any = None) -> tuple[str, ...]:
-        """Return the mesh axes of a logical axis on `mesh` (default: the current one), none of size 1."""
+        """Return the mesh axes larger than 1 of a logical axis, on `mesh` or the current one."""
         if logical is None:
             return ()
         shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
@@ -79,7 +80,9 @@ class Rules:
         parts = [self.mesh_axes(name, mesh) for name in logical]
         used = [axis for part in parts for axis in part]
         if len(set(used)) < len(used):
-            raise ConfigError(f"rules put two axes of ({', '.join(map(str, logical))}) on one mesh axis")
+            raise ConfigError(
+                f"rules put two axes of ({', '.join(map(str, logical))}) on one mesh axis"
+            )
         return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
     def sharding(self, mesh: Mesh, *logical: Axis) -> NamedSharding:

@@ -21,7 +21,6 @@ from jaxscale.model.cost import train_flops_per_token
 from jaxscale.train.evaluate import Evaluation
 from jaxscale.train.start import Run
 
-
 DATA_WAIT = "data_wait_seconds"
 
 
@@ -47,12 +46,13 @@ class StepLog:
             primary=primary and stream is not None,
             stream=stream,
         )
+        devices = list(run.assembly.mesh.devices.flat)
         self._writer = MetricsWriter(run.folder, primary=primary)
-        self._monitor = SystemMonitor(run.assembly.mesh.devices.flatten())
+        self._monitor = SystemMonitor(devices)
         self._program_bytes = program_bytes(program)
         self._tokens_per_step = config.train.global_batch_size * config.data.length
         self._flops_per_token = train_flops_per_token(config.model, config.data.length)
-        self._peak = peak_flops(list(run.assembly.mesh.devices.flatten()), config.model.compute_dtype)
+        self._peak = peak_flops(devices, config.model.compute_dtype)
         self._checkpoint_seconds: float | None = None
         self._mark(int(run.state.step))
 

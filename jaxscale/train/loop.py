@@ -1,6 +1,6 @@
-"""The training loop, whose order is a contract:
+"""The training loop, whose order is a contract.
 
-save -> next batch -> step -> log the previous step. The host never waits for the step that it has
+Save -> next batch -> step -> log the previous step. The host never waits for the step that it has
 just given to the device; all that it reads is one step old.
 """
 
@@ -8,17 +8,16 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator as Generated
 from typing import Any, TextIO
 
 import jax
 
-from jaxscale import records
 from jaxscale.bundle.sampling import Sampling
 from jaxscale.config import Config
 from jaxscale.data.prepare import Progress
-from jaxscale.inference import Generator
 from jaxscale.goodput import Goodput
+from jaxscale.inference import Generator
 from jaxscale.profiling import StepProfiler
 from jaxscale.train.evaluate import Evaluation, compile_evaluation, evaluate
 from jaxscale.train.log import StepLog
@@ -92,7 +91,7 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
     state, first = run.state, int(run.state.step)
     aside = Aside(run, log)
     previous: dict[str, jax.Array] | None = None
-    batches: Iterator[Any] = run.loader.batches(first)
+    batches: Generated[Any] = run.loader.batches(first)
     ending, step, saved = DONE, first, first if run.origin.startswith("checkpoint") else -1
     with (
         jax.set_mesh(run.assembly.mesh),

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM or the first Ctrl-C asks the loop to save and stop, a second Ctrl-C insists.
+"""A polite end: SIGTERM or a first Ctrl-C asks the loop to save and stop, a second insists.
 
 With several processes the request may reach any one of them; all then stop at the same step.
 """
@@ -21,7 +21,8 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        # Only the main thread may set handlers; elsewhere (a notebook's worker) there is no request.
+        # Only the main thread may set handlers; elsewhere (a notebook's worker) there is no
+        # request.
         if threading.current_thread() is threading.main_thread():
             self._listen(signal.SIGINT)
             # In a process group JAX's own service takes SIGTERM and tells the others.

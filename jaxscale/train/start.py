@@ -129,9 +129,7 @@ def _newest(checkpointer: Checkpointer, knob: str) -> int:
 def restore_state(assembly: Assembly, checkpointer: Checkpointer, step: int) -> TrainState:
     """Read the state of a step onto the assembly's mesh, whatever mesh wrote it."""
     abstract = abstract_state(assembly)
-    found = checkpointer.restore(
-        step, params=abstract.params, optimizer=optimizer_item(abstract)
-    )
+    found = checkpointer.restore(step, params=abstract.params, optimizer=optimizer_item(abstract))
     replicated = NamedSharding(assembly.mesh, PartitionSpec())
     return TrainState(
         step=jax.device_put(jnp.int32(step), replicated),
@@ -159,7 +157,7 @@ def save_state(run: Run, state: TrainState, step: int) -> float:
         "seed": config.train.seed,
         "sequences_read": step * config.train.global_batch_size,
         "config": config_source.to_mapping(config),
-        "mesh": {axis: size for axis, size in run.assembly.mesh.shape.items()},
+        "mesh": dict(run.assembly.mesh.shape),
         "environment": run.environment,
         "tokenizer": run.tokenizer.fingerprint,
     }

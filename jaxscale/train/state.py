@@ -94,7 +94,7 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
 
 
 def optimizer_axes(definition: Definition) -> Any:
-    """Return the logical axes of each parameter as the optimizer sees it (ZeRO: `optimizer_embed`)."""
+    """Return each parameter's logical axes as its optimizer state has them (ZeRO)."""
     return jax.tree.map(
         lambda names: tuple("optimizer_embed" if name == "embed" else name for name in names),
         definition.axes,

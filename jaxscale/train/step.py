@@ -36,9 +36,7 @@ def batch_loss(
     """Return the weighted sum of the batch's token losses, a float32 scalar in nats."""
     decoder = definition.bind(params)
     spec = definition.rules.spec("batch", "length")
-    positions_BL = jax.lax.broadcasted_iota(
-        jnp.int32, batch["tokens"].shape, 1, out_sharding=spec
-    )
+    positions_BL = jax.lax.broadcasted_iota(jnp.int32, batch["tokens"].shape, 1, out_sharding=spec)
     x_BLD, _ = decoder(batch["tokens"], Span(positions_BL, batch["segments"]))
     return loss_sum(decoder, x_BLD, batch["targets"], batch["weights"], chunk_tokens=chunk_tokens)
 
@@ -95,9 +93,7 @@ def batch_hash(batch: Batch, rules: Rules) -> jax.Array:
     return total
 
 
-def train_step(
-    assembly: Assembly, state: TrainState, batch: Batch
-) -> tuple[TrainState, Metrics]:
+def train_step(assembly: Assembly, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """Return the next state and the step's metrics; a non-finite step leaves the weights alone."""
     loss, gradients = loss_and_gradients(assembly, state.params, batch)
     gradient_norm = optax.tree.norm(gradients)
@@ -140,7 +136,7 @@ def _update(
 
 
 def compile_step(assembly: Assembly, *, compiler_options: dict[str, Any] | None = None) -> Any:
-    """Compile the step `(state, batch) -> (state, metrics)` ahead of time; the old state is donated.
+    """Compile the step `(state, batch) -> (state, metrics)`; the old state is donated.
 
     The result takes arrays of exactly the abstract state's and batch's shardings, so that nothing
     can compile a second time. Its `memory_analysis()` and `as_text()` tell what it needs.

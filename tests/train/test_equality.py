@@ -1,4 +1,4 @@
-"""The equality that defines the system: one device == every mesh, in loss, gradients and training."""
+"""The equality that defines the system: one device == every mesh, in every number."""
 
 import functools
 from typing import Any
@@ -102,9 +102,7 @@ def test_every_way_to_run_it_equals_the_plain_one(name: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_block_variants_equal_one_device(variant: str) -> None:
-    assembly = assemble_tiny(
-        mesh={"fsdp": 2, "sequence": 2, "tensor": 2}, model=VARIANTS[variant]
-    )
+    assembly = assemble_tiny(mesh={"fsdp": 2, "sequence": 2, "tensor": 2}, model=VARIANTS[variant])
     found, expected = first_gradients(assembly), reference(variant)
     if variant == "learned positions":
         assert found[0] == pytest.approx(expected[0], rel=LOSS_TOLERANCE_F32)

@@ -57,7 +57,9 @@ def dense_attention(
     K = k_BSKH.shape[2]
     grouped = rules.spec("batch", "length", "heads" if K == N else "kv_heads", None, "head_dim")
     q_BLKGH = jax.lax.reshape(q_BLNH, (B, L, K, N // K, H), out_sharding=grouped)
-    scores_BKGLS = jnp.einsum("blkgh,bskh->bkgls", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGLS = jnp.einsum(
+        "blkgh,bskh->bkgls", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
     scores_BKGLS = jnp.where(mask_BLS[:, None, None], scores_BKGLS * H**-0.5, MASKED)
     weights_BKGLS = jax.nn.softmax(scores_BKGLS, axis=-1).astype(v_BSKH.dtype)
     out_BLKGH = jnp.einsum("bkgls,bskh->blkgh", weights_BKGLS, v_BSKH)
