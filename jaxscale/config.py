@@ -27,6 +27,17 @@ def knob(
 
 
 DTYPES = ("float32", "bfloat16")
+# What a block computes, by the names that `model.remat_names` may list.
+ACTIVATIONS = (
+    "query",
+    "key",
+    "value",
+    "context",
+    "attention_out",
+    "gate",
+    "up",
+    "mlp_out",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,6 +331,12 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
             f"model.num_kv_heads={model.num_kv_heads} does not divide "
             f"model.num_heads={model.num_heads}"
         )
+    unknown = [name for name in model.remat_names if name not in ACTIVATIONS]
+    if unknown:
+        raise ConfigError(
+            f"model.remat_names names no activation {unknown[0]!r}; there are "
+            f"{', '.join(ACTIVATIONS)}"
+        )
     if model.positions == "rotary" and model.head_dim % 2:
         raise ConfigError(
             f"model.head_dim={model.head_dim} is odd; rotary positions need pairs of features"
@@ -333,6 +350,9 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
 
 def _check_loop(config: Config) -> None:
     train, optimizer, profile = config.train, config.optimizer, config.runtime.profile_steps
+    for name in ("beta1", "beta2"):
+        if not getattr(optimizer, name) < 1:
+            raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} is not in [0, 1)")
     if train.global_batch_size % train.accumulation_steps:
         raise ConfigError(
             f"train.accumulation_steps={train.accumulation_steps} does not divide "

@@ -49,6 +49,9 @@ def _run_config_file(source: str) -> Mapping[str, Any]:
         result = get_config(argument) if argument else get_config()
     except (ValueError, KeyError) as error:
         raise ConfigError(f"--config={source}: {error}") from error
+    if not hasattr(result, "to_dict"):
+        kind = type(result).__name__
+        raise ConfigError(f"--config={source}: get_config returns {kind}, not a ConfigDict")
     return typing.cast(Mapping[str, Any], result.to_dict())
 
 

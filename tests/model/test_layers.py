@@ -1,0 +1,97 @@
+"""Rotary positions, norms and what the decoder's structure promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxscale.config import ModelConfig, RulesConfig
+from jaxscale.model.decoder import define
+from jaxscale.model.layers import Norm, rotary
+from jaxscale.parallel.sharding import Rules
+from tests.programs import tiny_config
+
+
+def test_rotary_scores_depend_on_the_distance_alone() -> None:
+    model = ModelConfig(head_dim=16)
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+
+    def score(query_position: int, key_position: int) -> float:
+        turned = [
+            rotary(jnp.asarray(x), jnp.full((1, 1), p), model)
+            for x, p in ((q, query_position), (k, key_position))
+        ]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    assert score(5, 2) == pytest.approx(score(105, 102), rel=1e-4)
+    assert score(5, 2) != pytest.approx(score(5, 3), rel=1e-2)
+    assert score(0, 0) == pytest.approx(float(np.sum(q * k)), rel=1e-6)
+
+
+def angles(model: ModelConfig, position: int) -> np.ndarray:
+    """Return by how much each pair of features is turned at a position."""
+    H = model.head_dim
+    x = np.zeros((1, 1, 1, H), np.float32)
+    x[..., : H // 2] = 1
+    turned = np.asarray(rotary(jnp.asarray(x), jnp.full((1, 1), position), model))[0, 0, 0]
+    return np.arctan2(turned[H // 2 :], turned[: H // 2])
+
+
+def test_linear_scaling_divides_positions() -> None:
+    plain = ModelConfig(head_dim=16)
+    scaled = ModelConfig(head_dim=16, rope_scaling="linear", rope_factor=4.0)
+    np.testing.assert_allclose(angles(scaled, 4), angles(plain, 1), atol=1e-6)
+
+
+def test_llama3_scaling_keeps_fast_turns_and_stretches_slow_ones() -> None:
+    plain = ModelConfig(head_dim=128, rope_theta=500_000.0)
+    scaled = ModelConfig(
+        head_dim=128,
+        rope_theta=500_000.0,
+        rope_scaling="llama3",
+        rope_factor=8.0,
+        rope_original_length=8192,
+    )
+    before, after = angles(plain, 1), angles(scaled, 1)
+    turns = 8192 * before / (2 * np.pi)
+    np.testing.assert_allclose(after[turns > 4], before[turns > 4], rtol=1e-5)
+    np.testing.assert_allclose(after[turns < 1], before[turns < 1] / 8, rtol=1e-5)
+    between = (turns > 1) & (turns < 4)
+    assert between.any()
+    assert np.all((after[between] < before[between]) & (after[between] > before[between] / 8))
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_norms(norm: str) -> None:
+    x = np.random.default_rng(0).normal(3.0, 2.0, size=(2, 5, 32)).astype(np.float32)
+    out = np.asarray(Norm(ModelConfig(norm=norm), "width", 32)(jnp.asarray(x)))
+    np.testing.assert_allclose(np.mean(out**2, axis=-1), 1.0, rtol=1e-4)
+    centred = np.abs(out.mean(-1)).max() < 1e-5
+    assert centred == (norm == "layernorm")
+
+
+def test_compile_time_does_not_grow_with_depth() -> None:
+    sizes = []
+    for num_layers in (2, 16):
+        model = tiny_config(model={"num_layers": num_layers}).model
+        definition = define(model, Rules.make(RulesConfig()))
+        lowered = jax.jit(
+            lambda params, d=definition: d.bind(params).logits(jnp.zeros((1, 4, 32)))
+        ).lower(definition.shapes)
+        sizes.append(len(lowered.as_text().splitlines()))
+    assert sizes[0] == sizes[1]
+
+
+def test_parameters_are_a_plain_dict_with_logical_axes() -> None:
+    definition = define(tiny_config().model, Rules.make(RulesConfig()))
+    assert definition.axes["blocks"]["attention"]["query"] == (
+        "layers",
+        "embed",
+        "heads",
+        "head_dim",
+    )
+    assert definition.axes["embedding"] == ("vocab", "embed")
+    params = definition.init(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, definition.shapes)
+    assert not any(isinstance(leaf, nnx.Variable) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,58 @@
+"""AdamW against its definition, and the schedules."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale.config import OptimizerConfig
+from jaxscale.optimizer import make_optimizer, make_schedule
+
+
+def config(**knobs: object) -> OptimizerConfig:
+    shape = {"learning_rate": 1.0, "warmup_steps": 10, "schedule_steps": 110}
+    return OptimizerConfig(**{**shape, "final_fraction": 0.1, **knobs})
+
+
+def test_adamw_equals_its_definition_and_spares_norms() -> None:
+    options = config(weight_decay=0.1, clip_norm=1.0)
+    params = {"matrix": jnp.full((2, 2), 2.0), "scale": jnp.full((2,), 3.0)}
+    axes = {"matrix": ("embed", "hidden"), "scale": ("width",)}
+    optimizer = make_optimizer(options, axes)
+    state = optimizer.init(params)
+    moments = {name: [0.0, 0.0] for name in params}
+    for step, size in enumerate([3.0, -1.0, 0.5], start=1):
+        gradients = {name: jnp.full_like(value, size) for name, value in params.items()}
+        updates, state = optimizer.update(gradients, state, params)
+        norm = np.sqrt(6 * size**2)
+        clipped = size / max(norm, 1.0)
+        for name, decay in (("matrix", 0.1 * 2.0), ("scale", 0.0)):
+            m, v = moments[name]
+            m = moments[name][0] = 0.9 * m + 0.1 * clipped
+            v = moments[name][1] = 0.95 * v + 0.05 * clipped**2
+            m, v = m / (1 - 0.9**step), v / (1 - 0.95**step)
+            expected = m / (np.sqrt(v) + 1e-8) + decay
+            np.testing.assert_allclose(updates[name], expected, rtol=1e-5)
+
+
+def test_warm_up_starts_above_zero_and_reaches_the_peak() -> None:
+    schedule = make_schedule(config())
+    assert float(schedule(0)) == pytest.approx(0.1)
+    assert float(schedule(9)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "middle"),
+    [("constant", 1.0), ("linear", 0.55), ("cosine", 0.55), ("wsd", 1.0)],
+)
+def test_decay(name: str, middle: float) -> None:
+    schedule = make_schedule(config(schedule=name))
+    assert float(schedule(60)) == pytest.approx(middle, rel=1e-3)
+    final = 1.0 if name == "constant" else 0.1
+    assert float(schedule(110)) == pytest.approx(final, rel=1e-3)
+    assert float(schedule(1000)) == pytest.approx(final, rel=1e-3)
+
+
+def test_wsd_decays_over_its_last_share() -> None:
+    schedule = make_schedule(config(schedule="wsd", decay_fraction=0.2))
+    assert float(schedule(90)) == pytest.approx(1.0)
+    assert float(schedule(100)) == pytest.approx(0.55, rel=1e-3)
