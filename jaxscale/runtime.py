@@ -118,8 +118,6 @@ def join(group: ProcessGroup, *, timeout_seconds: int) -> None:
     Raises:
       ConfigError: the others did not come in time.
     """
-    if jax.config.read("jax_platforms") == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
             coordinator_address=group.address,

@@ -6,14 +6,14 @@
 # Eight fake CPU devices show the mechanics of sharding, not its speed. The run lies in runs/demo and
 # starts afresh each time; --keep continues the one that is there.
 #
-# JAXSCALE_DEMO_STEPS         steps on the first mesh (default: 120)
+# JAXSCALE_DEMO_STEPS         steps on the first mesh (default: 80)
 # JAXSCALE_DEMO_RESUME_STEPS  further steps on the second mesh (default: 40)
 # JAXSCALE_DEMO_WORKDIR       another, new folder for the run
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
 
-STEPS="${JAXSCALE_DEMO_STEPS:-120}"
+STEPS="${JAXSCALE_DEMO_STEPS:-80}"
 TOTAL=$((STEPS + ${JAXSCALE_DEMO_RESUME_STEPS:-40}))
 WORKDIR="${JAXSCALE_DEMO_WORKDIR:-runs/demo}"
 CONFIG=configs/lm.py:tiny
@@ -26,7 +26,7 @@ heading() {
 SCHEDULE=(
   --config.optimizer.schedule_steps="$TOTAL"
   --config.optimizer.warmup_steps="$((TOTAL / 10))"
-  --config.train.log_every="$((STEPS > 10 ? STEPS / 10 : 1))"
+  --config.train.log_every="$((STEPS > 16 ? STEPS / 16 : 1))"
   --config.train.eval_every=0
   --config.train.sample_every="$STEPS"
 )

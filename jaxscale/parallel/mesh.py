@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh
 from jaxscale.config import ConfigError, MeshConfig
 
 AXES = ("stage", "data", "fsdp", "sequence", "tensor")
+STAGE_AXIS = AXES[0]
 # The axes that may span slices, where only the slow network joins devices.
 SLOW_AXES = ("data", "stage")
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxscale.config import Config
+from jaxscale.config import Config, ConfigError
 from jaxscale.model.decoder import Definition, Params, check_mesh, define
 from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
-from jaxscale.parallel.mesh import make_mesh
+from jaxscale.parallel.mesh import STAGE_AXIS, make_mesh
 from jaxscale.parallel.sharding import Rules, check_divides
 
 BATCH_DTYPES = {
@@ -77,6 +77,10 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
     """
     mesh = make_mesh(config.mesh, devices)
     rules = Rules.make(config.rules, reduce_dtype=config.train.gradient_reduce_dtype)
+    if mesh.shape[STAGE_AXIS] > 1:
+        raise ConfigError(
+            f"mesh.{STAGE_AXIS}={mesh.shape[STAGE_AXIS]}: pipeline stages do not train yet; set it to 1"
+        )
     check_mesh(config.model, rules, mesh)
     rows = config.train.global_batch_size // config.train.accumulation_steps
     check_divides(

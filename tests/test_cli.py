@@ -1,0 +1,241 @@
+"""The command line: every mistake in one line with exit code 2 before any compile; signals."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from jaxscale import records
+from jaxscale.cli import main
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = ["--config", str(ROOT / "configs" / "lm.py") + ":tiny", "--devices=cpu:8"]
+SMALL = [
+    "--config.model.num_layers=1",
+    "--config.data.length=32",
+    "--config.train.global_batch_size=8",
+    "--config.optimizer.warmup_steps=1",
+]
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """Collect what is compiled; leave JAX's settings as they were."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: object) -> None:
+        del duration_secs
+        if "backend_compile" in event:
+            seen.append(event)
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def corpus(tmp_path: pathlib.Path) -> pathlib.Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"document {number} " * 50)
+    return folder
+
+
+MISTAKES = {
+    "an unknown key": (["--config.model.widht=64"], "did you mean model.width?"),
+    "a wrong type": (["--config.train.steps=many"], "train.steps='many' has a wrong type"),
+    "a mesh that does not multiply out": (
+        ["--config.mesh.data=3"],
+        "mesh (data=3) does not multiply out to 8 devices; these would: data=8",
+    ),
+    "heads that do not divide": (
+        ["--config.mesh.data=1", "--config.mesh.tensor=8", "--config.model.num_kv_heads=4"],
+        "mesh.tensor=8 does not divide model.num_kv_heads=4",
+    ),
+    "a batch that does not divide": (
+        ["--config.train.global_batch_size=12"],
+        "mesh.data=8 does not divide train.global_batch_size / train.accumulation_steps=12",
+    ),
+    "an unwritable workdir": (["--workdir=/proc/run"], "--workdir=/proc/run cannot be written"),
+    "a missing corpus": (["--config.data.source=files:/nothing/*.txt"], "data.source='files:/nothing/"),
+    "an unknown source": (["--config.data.source=cloud"], "data.source='cloud'"),
+    "a tokenizer larger than the vocabulary": (
+        ["--config.model.vocab_size=128", "--config.data.source=synthetic"],
+        "model.vocab_size=128",
+    ),
+    "a missing tokenizer": (["--config.data.tokenizer=/nothing.json"], "data.tokenizer=/nothing"),
+    "a stage axis": (["--config.mesh.data=4", "--config.mesh.stage=2"], "mesh.stage=2"),
+    "an override without a value": (["--config.train.steps"], "--config.train.steps has no value"),
+    "wrong devices": (["--devices=gpu:2"], "--devices=gpu:2 is not of the form cpu:N"),
+    "a missing config file": (["--config=nothing.py"], "--config=nothing.py: no such file"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2_before_any_compile(
+    name: str,
+    tmp_path: pathlib.Path,
+    compiled: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, message = MISTAKES[name]
+    assert main(["train", *TINY, "--workdir", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert compiled == []
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_an_empty_corpus_is_named(
+    tmp_path: pathlib.Path, compiled: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    source = f"--config.data.source=files:{tmp_path}/*.txt"
+    assert main(["train", *TINY, "--workdir", str(tmp_path / "run"), source]) == 2
+    error = capsys.readouterr().err
+    assert "data.source" in error
+    assert error.count("\n") == 1
+    assert compiled == []
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_difference(
+    tmp_path: pathlib.Path,
+    corpus: pathlib.Path,
+    compiled: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    source = f"--config.data.source=files:{corpus}/*.txt"
+    arguments = ["train", *TINY, *SMALL, source, "--workdir", str(folder)]
+    assert main([*arguments, "--config.train.steps=0"]) == 0
+    compiled.clear()
+    capsys.readouterr()
+    assert main([*arguments, "--config.model.width=64", "--config.train.steps=0"]) == 2
+    error = capsys.readouterr().err
+    assert "model.width: 128 -> 64" in error
+    assert error.count("\n") == 1
+    assert compiled == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", *TINY], "--workdir is missing"),
+        (["train", "--workdir", "runs/nothing"], "--config is missing"),
+        (["evaluate", "--workdir", "runs/nothing"], "no config.json there"),
+        (["generate", "--prompt", "x", "--workdir", "runs/nothing", "--top-p=2"], "top_p=2.0"),
+    ],
+)
+def test_what_is_missing_is_named(
+    arguments: list[str],
+    message: str,
+    compiled: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert compiled == []
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "--stpes=3"], []])
+def test_a_wrong_flag_or_verb_exits_2_in_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_print_config_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--config.mesh.tensor=2", "--print-config"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert config["mesh"]["tensor"] == 2
+    assert config["model"]["head_dim"] == 16
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxscale", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
+    """Read lines until one has `text`."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.smoke
+def test_train_stops_on_sigterm_goes_on_and_is_read(
+    tmp_path: pathlib.Path, corpus: pathlib.Path
+) -> None:
+    folder = tmp_path / "run"
+    source = f"--config.data.source=files:{corpus}/*.txt"
+    arguments = ["train", *TINY, *SMALL, source, "--workdir", str(folder)]
+    schedule = ["--config.optimizer.schedule_steps=1000", "--config.train.log_every=1"]
+    process = start(*arguments, *schedule, "--config.train.steps=100000")
+    wait_for(process, "step 3/")
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "saved; the same command goes on" in output
+    saved = max(int(path.name) for path in (folder / records.CHECKPOINTS_DIR).iterdir())
+    assert saved >= 3
+    end = f"--config.train.steps={saved + 2}"
+    process = start(*arguments, *schedule, end, "--json", str(tmp_path / "result.json"))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert f"starting from checkpoint of step {saved}" in output
+    result = records.read_json(tmp_path / "result.json")
+    assert (result["kind"], result["rows"][0]["step"]) == ("train", saved + 2)
+    read = start("generate", "--workdir", str(folder), "--prompt", "document", "--max-tokens=8")
+    output = read.communicate(timeout=120)[0]
+    assert read.returncode == 0, output
+    assert "document" in output
+
+
+def test_the_first_interrupt_saves_and_the_second_insists(
+    tmp_path: pathlib.Path, corpus: pathlib.Path
+) -> None:
+    source = f"--config.data.source=files:{corpus}/*.txt"
+    # A second of work in each step leaves time for the second signal.
+    slow = ["--config.train.global_batch_size=512", "--config.train.log_every=1"]
+    arguments = ["train", *TINY, *SMALL, *slow, source, "--config.train.steps=100000"]
+    process = start(*arguments, "--workdir", str(tmp_path / "one"))
+    wait_for(process, "step 1/")
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+    process = start(*arguments, "--workdir", str(tmp_path / "two"))
+    wait_for(process, "step 1/")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output

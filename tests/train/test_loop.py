@@ -1,0 +1,277 @@
+"""The loop: resume, stops, bad steps, evaluation, and the files that it leaves."""
+
+import dataclasses
+import io
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale import config_source, records
+from jaxscale.checkpoint import Checkpointer, read_params
+from jaxscale.config import CheckpointConfig, Config, ConfigError, DataConfig
+from jaxscale.goodput import read_goodput
+from jaxscale.train.loop import DONE, NON_FINITE, TrainResult, train
+from jaxscale.train.state import assemble
+from jaxscale.train.step import compile_step
+from jaxscale.train.trained import evaluate_trained, generate_text, open_trained
+from tests.programs import LOSS_TOLERANCE_F32, batch_on, first_state, tiny_config
+
+STEPS = 8
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Return a folder of a few small texts."""
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    for number in range(24):
+        words = random.choice(["mesh", "axis", "shard", "step", "\n"], 200)
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_config(corpus: pathlib.Path) -> Any:
+    """Return a function from knobs, written `section__knob=value`, to a config on 8 devices."""
+
+    def make(**knobs: Any) -> Config:
+        config = dataclasses.replace(
+            tiny_config(
+                mesh={"data": 2, "fsdp": 2, "tensor": 2},
+                model={"vocab_size": 264, "num_layers": 1},
+                train={"steps": STEPS, "log_every": 1, "eval_batches": 2},
+            ),
+            data=DataConfig(
+                source=f"files:{corpus}/*.txt",
+                length=16,
+                validation_fraction=0.25,
+                cache_dir=str(corpus / "tokens"),
+            ),
+            checkpoint=CheckpointConfig(every_steps=3),
+        )
+        for name, value in knobs.items():
+            config = config_source.override(config, name.replace("__", "."), str(value))
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole(make_config: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Return the workdir of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = train(make_config(), folder)
+    assert (result.ending, result.step) == (DONE, STEPS)
+    return folder
+
+
+def last_lines(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
+    """Return the train line of each step; the last one wins."""
+    lines = records.read_lines(folder / records.METRICS_FILE)
+    return {x[records.STEP]: x for x in lines if x[records.KIND] == records.KIND_TRAIN}
+
+
+def final_params(folder: pathlib.Path, step: int = STEPS) -> Any:
+    return read_params(folder / records.CHECKPOINTS_DIR / str(step))
+
+
+def test_resume_equals_an_uninterrupted_run_bitwise(
+    make_config: Any, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "run"
+    assert train(make_config(train__steps=5), folder).step == 5
+    assert train(make_config(), folder).step == STEPS
+    assert train(make_config(), folder).loss is None
+    jax.tree.map(np.testing.assert_array_equal, final_params(folder), final_params(whole))
+    resumed, expected = last_lines(folder), last_lines(whole)
+    for step in range(1, STEPS + 1):
+        for name in (records.LOSS, records.BATCH_HASH, records.GRADIENT_NORM):
+            assert resumed[step][name] == expected[step][name]
+    assert len({line[records.BATCH_HASH] for line in expected.values()}) == STEPS
+
+
+def test_resume_on_another_mesh_goes_on_with_the_same_batches_and_losses(
+    make_config: Any, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "run"
+    train(make_config(train__steps=5), folder)
+    other = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 1, "mesh__sequence": 2}
+    train(make_config(**other), folder)
+    resumed, expected = last_lines(folder), last_lines(whole)
+    assert [x[records.BATCH_HASH] for x in resumed.values()] == [
+        x[records.BATCH_HASH] for x in expected.values()
+    ]
+    np.testing.assert_allclose(
+        [x[records.LOSS] for x in resumed.values()],
+        [x[records.LOSS] for x in expected.values()],
+        rtol=10 * LOSS_TOLERANCE_F32,
+    )
+    meta = Checkpointer(folder, CheckpointConfig(), read_only=True).read_meta(STEPS)
+    assert meta["mesh"]["sequence"] == 2
+    assert meta["sequences_read"] == STEPS * 8
+
+
+def test_the_step_is_compiled_once_per_run(
+    make_config: Any, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        train(make_config(), tmp_path / "run")
+    steps = [x for x in caplog.messages if x.startswith("Finished XLA compilation of jit(step)")]
+    assert len(steps) == 1
+
+
+def test_a_config_of_another_run_is_refused_with_the_difference(
+    make_config: Any, whole: pathlib.Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(make_config(optimizer__learning_rate=0.5, model__hidden=128), whole)
+    text = str(caught.value)
+    assert "model.hidden: 64 -> 128" in text
+    assert "optimizer.learning_rate: 0.01 -> 0.5" in text
+    assert "--allow-config-change" in text
+    assert "mesh" not in text
+
+
+def test_a_change_can_be_allowed(make_config: Any, tmp_path: pathlib.Path) -> None:
+    train(make_config(train__steps=2), tmp_path)
+    changed = make_config(train__steps=3, optimizer__learning_rate=0.5)
+    result = train(changed, tmp_path, allow_config_change=True)
+    assert result.step == 3
+    assert last_lines(tmp_path)[3][records.LEARNING_RATE] > 0.1
+
+
+def test_parameters_of_another_run_start_a_new_one(
+    make_config: Any, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    train(make_config(train__steps=1, checkpoint__init_from=whole), tmp_path / "weights")
+    train(make_config(train__steps=9, checkpoint__restore_from=whole), tmp_path / "all")
+    fresh, weights = last_lines(whole)[1], last_lines(tmp_path / "weights")[1]
+    assert weights[records.BATCH_HASH] == fresh[records.BATCH_HASH]
+    assert weights[records.LOSS] < fresh[records.LOSS]
+    assert list(last_lines(tmp_path / "all")) == [9]
+    for knob in ("checkpoint__init_from", "checkpoint__restore_from"):
+        with pytest.raises(ConfigError, match=knob.replace("__", ".")):
+            train(make_config(**{knob: tmp_path / "nothing"}), tmp_path / knob)
+
+
+def test_metrics_evaluation_sample_and_goodput_are_written(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    stream = io.StringIO()
+    config = make_config(train__eval_every=4, train__sample_every=4, train__log_every=2)
+    result = train(config, tmp_path, stream=stream)
+    assert list(last_lines(tmp_path)) == [2, 4, 6, 8]
+    line = last_lines(tmp_path)[STEPS]
+    for name in (
+        records.PERPLEXITY,
+        records.TOKENS_PER_SECOND,
+        records.STEP_SECONDS,
+        records.DATA_WAIT_SHARE,
+        records.MFU,
+        records.PEAK_BYTES,
+        records.HOST_CPU_UTILIZATION,
+        records.LEARNING_RATE,
+    ):
+        assert line[name] > 0, name
+    assert line[records.PEAK_BYTES_SOURCE] == "compiler"
+    assert line[records.DEVICE_UTILIZATION] is None
+    assert line[records.PERPLEXITY] == pytest.approx(np.exp(line[records.LOSS]))
+    assert line[records.TOKENS] == STEPS * 8 * 16
+    lines = records.read_lines(tmp_path / records.METRICS_FILE)
+    evaluations = [x for x in lines if x[records.KIND] == records.KIND_EVALUATION]
+    assert [x[records.STEP] for x in evaluations] == [4, STEPS]
+    assert result.evaluation is not None
+    assert evaluations[-1][records.LOSS] == result.evaluation.loss
+    samples = [x for x in lines if x[records.KIND] == records.KIND_SAMPLE]
+    assert [x["text"].startswith("def ") for x in samples] == [True, True]
+    goodput = read_goodput(tmp_path / records.GOODPUT_FILE)
+    assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall_seconds, rel=0.01)
+    assert goodput.seconds["step_seconds"] > 0
+    assert goodput.seconds["evaluation_seconds"] > 0
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    shown = stream.getvalue()
+    assert "step 8/8  loss " in shown
+    assert "validation after step 8" in shown
+
+
+def test_old_checkpoints_go_and_milestones_stay(make_config: Any, tmp_path: pathlib.Path) -> None:
+    knobs = {
+        "checkpoint__every_steps": 1,
+        "checkpoint__keep_last": 2,
+        "checkpoint__keep_every": 3,
+    }
+    train(make_config(**knobs), tmp_path)
+    steps = sorted(int(x.name) for x in (tmp_path / records.CHECKPOINTS_DIR).iterdir())
+    assert steps == [3, 6, 7, 8]
+
+
+def test_too_many_bad_steps_end_the_run_and_leave_the_weights_alone(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    # The first update throws the weights so far that no later step is finite.
+    knobs = {
+        "optimizer__learning_rate": 1e30,
+        "train__stop_after_nonfinite": 3,
+        "optimizer__warmup_steps": 0,
+    }
+    result = train(make_config(train__steps=50, **knobs), tmp_path)
+    assert result.ending == NON_FINITE
+    lines = last_lines(tmp_path)
+    bad = [step for step, line in lines.items() if records.NONFINITE in line]
+    assert len(bad) >= 3
+    assert lines[max(lines)][records.SKIPPED_STEPS] >= 3
+    assert result.step < 10
+
+
+def test_one_bad_step_is_skipped_and_counted() -> None:
+    config = tiny_config()
+    assembly = assemble(config, jax.devices()[:1])
+    state, step = first_state(assembly), compile_step(assembly)
+    batch = batch_on(assembly, 0)
+    poisoned = {**batch, "weights": batch["weights"] * np.nan}
+    with jax.set_mesh(assembly.mesh):
+        state, _ = step(state, batch)
+        before = jax.device_get((state.params, state.optimizer))
+        state, metrics = step(state, poisoned)
+        after = jax.device_get((state.params, state.optimizer))
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+        assert np.isnan(metrics[records.LOSS])
+        assert int(metrics[records.SKIPPED_IN_A_ROW]) == 1
+        state, metrics = step(state, batch)
+    assert np.isfinite(metrics[records.LOSS])
+    assert (int(metrics[records.SKIPPED_STEPS]), int(metrics[records.SKIPPED_IN_A_ROW])) == (1, 0)
+    assert int(state.step) == 3
+
+
+def test_a_trained_model_is_read_on_whatever_devices_there_are(
+    make_config: Any, whole: pathlib.Path
+) -> None:
+    here = open_trained(whole)
+    assert here.notes == ()
+    first = evaluate_trained(here, baselines=True)
+    one = config_source.override(make_config(), "mesh.tensor", "1")
+    one = config_source.override(one, "mesh.data", "8")
+    one = config_source.override(one, "mesh.fsdp", "1")
+    second = evaluate_trained(open_trained(whole, one))
+    assert second.evaluation.loss == pytest.approx(first.evaluation.loss, rel=LOSS_TOLERANCE_F32)
+    assert first.unigram is not None
+    assert first.bigram is not None
+    assert first.bigram < first.unigram
+    assert isinstance(generate_text(here, ["me"], _greedy())[0], str)
+    with pytest.raises(ConfigError, match="no checkpoint of step 4"):
+        open_trained(whole, step=4)
+
+
+def _greedy() -> Any:
+    from jaxscale.bundle.sampling import Sampling
+
+    return Sampling(temperature=0, max_tokens=4)
+
+
+def test_the_result_is_plain_data(whole: pathlib.Path, make_config: Any) -> None:
+    result: TrainResult = train(make_config(), whole)
+    assert dataclasses.asdict(result)["ending"] == DONE
