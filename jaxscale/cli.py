@@ -196,6 +196,8 @@ def _train(args: argparse.Namespace) -> int:
     folder = _needed_workdir(args)
     config = _needed_config(args)
     runtime.start(config.runtime, devices=args.devices)
+    import jax
+
     from jaxscale.console import counting
     from jaxscale.train import loop
 
@@ -207,20 +209,22 @@ def _train(args: argparse.Namespace) -> int:
             stream=sys.stdout,
             progress=progress,
         )
+    code = {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.NON_FINITE: FAILED}[result.ending]
+    if jax.process_index() > 0:
+        return code
     _write_result(args, config, [dataclasses.asdict(result)])
     if result.ending == loop.PREEMPTED:
         print(f"stopped after step {result.step}, saved; the same command goes on")
-        return PREEMPTED
-    if result.ending == loop.NON_FINITE:
+    elif result.ending == loop.NON_FINITE:
         limit = config.train.stop_after_nonfinite
         print(
             f"jaxscale: {limit} steps in a row had a non-finite loss or gradient "
             f"(train.stop_after_nonfinite={limit}); lower optimizer.learning_rate and resume",
             file=sys.stderr,
         )
-        return FAILED
-    print(f"done after step {result.step}; the run is in {folder}")
-    return DONE
+    else:
+        print(f"done after step {result.step}; the run is in {folder}")
+    return code
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """One process of a run in `test_multiprocess.py`: trains three steps and tells what it held.
 
-    WORLD_SIZE=2 RANK=0 MASTER_ADDR=... MASTER_PORT=... python multiprocess_worker.py DEVICES SOURCE OUT
+The group comes from WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT; the arguments are the devices, the
+token cache and the stem of the result's name.
 """
 
 import json
@@ -28,7 +29,12 @@ def main(devices: str, source: str, out: str) -> None:
     assembly = assemble(config)
     state, step = init_state(assembly), compile_step(assembly)
     leaves = jax.tree.leaves(state.params)
-    owned = {(i, s.device.id): s.data.nbytes for i, x in enumerate(leaves) for s in x.addressable_shards}
+    # Replicas of a shard on two devices of this process count once.
+    held = {
+        (number, str(shard.index)): shard.data.nbytes
+        for number, leaf in enumerate(leaves)
+        for shard in leaf.addressable_shards
+    }
     loader = Loader(
         TokenCache(source),
         config.data,
@@ -47,7 +53,7 @@ def main(devices: str, source: str, out: str) -> None:
         "losses": losses,
         "hashes": hashes,
         "rows": np.asarray(loader.local_rows).tolist(),
-        "held_bytes": sum(owned.values()),
+        "held_bytes": sum(held.values()),
         "total_bytes": sum(x.nbytes for x in leaves),
     }
     pathlib.Path(f"{out}.{jax.process_index()}.json").write_text(json.dumps(result))

@@ -69,7 +69,7 @@ MISTAKES = {
         "mesh.data=8 does not divide train.global_batch_size / train.accumulation_steps=12",
     ),
     "an unwritable workdir": (["--workdir=/proc/run"], "--workdir=/proc/run cannot be written"),
-    "a missing corpus": (["--config.data.source=files:/nothing/*.txt"], "data.source='files:/nothing/"),
+    "a missing corpus": (["--config.data.source=files:/no/*.txt"], "data.source='files:/no/*.txt'"),
     "an unknown source": (["--config.data.source=cloud"], "data.source='cloud'"),
     "a tokenizer larger than the vocabulary": (
         ["--config.model.vocab_size=128", "--config.data.source=synthetic"],

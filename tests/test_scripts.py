@@ -41,7 +41,8 @@ def run(
 def small_copy(tmp_path: pathlib.Path) -> pathlib.Path:
     """Return a copy of the repository with one module, one test and a lock of one package."""
     for folder in ("scripts", ".ci"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+        ignored = shutil.ignore_patterns("*.py", "__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     for file in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path)
     (tmp_path / "jaxscale").mkdir()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxscale.data.loader import Loader
 from jaxscale.model.decoder import Params
 from jaxscale.train.state import Assembly, Batch
-from jaxscale.train.step import batch_loss
+from jaxscale.train.step import batch_loss, microbatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,19 @@ class Evaluation:
 
 
 def compile_evaluation(assembly: Assembly) -> Callable[[Params, Batch], Any]:
-    """Return the jitted `(params, batch) -> (sum of losses in nats, sum of weights)`."""
+    """Return the jitted `(params, batch) -> (sum of losses in nats, sum of weights)`.
+
+    It works a batch off in the parts that training does, and so fits where training fits.
+    """
     chunk = assembly.config.train.loss_chunk_tokens
 
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        total = batch_loss(assembly.definition, params, batch, chunk_tokens=chunk)
-        return total, jnp.sum(batch["weights"])
+        def total(part: Batch) -> jax.Array:
+            return batch_loss(assembly.definition, params, part, chunk_tokens=chunk)
+
+        totals = jax.lax.map(total, microbatches(assembly, batch))
+        return jnp.sum(totals), jnp.sum(batch["weights"])
 
     return score
 

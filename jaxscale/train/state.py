@@ -78,9 +78,8 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
     mesh = make_mesh(config.mesh, devices)
     rules = Rules.make(config.rules, reduce_dtype=config.train.gradient_reduce_dtype)
     if mesh.shape[STAGE_AXIS] > 1:
-        raise ConfigError(
-            f"mesh.{STAGE_AXIS}={mesh.shape[STAGE_AXIS]}: pipeline stages do not train yet; set it to 1"
-        )
+        stages = mesh.shape[STAGE_AXIS]
+        raise ConfigError(f"mesh.{STAGE_AXIS}={stages}: pipelines do not train yet; set it to 1")
     check_mesh(config.model, rules, mesh)
     rows = config.train.global_batch_size // config.train.accumulation_steps
     check_divides(

@@ -61,9 +61,14 @@ def loss_and_gradients(
     def add_part(sums: tuple[jax.Array, Params], part: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, part)), None
 
-    parts = {name: _split(a, train.accumulation_steps, assembly.rules) for name, a in batch.items()}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(add_part, (jnp.float32(0), zeros), parts)[0]
+    return jax.lax.scan(add_part, (jnp.float32(0), zeros), microbatches(assembly, batch))[0]
+
+
+def microbatches(assembly: Assembly, batch: Batch) -> Batch:
+    """Return the batch's arrays as (A, B/A, L): one part for each accumulation step."""
+    parts = assembly.config.train.accumulation_steps
+    return {name: _split(a_BL, parts, assembly.rules) for name, a_BL in batch.items()}
 
 
 def _split(a_BL: jax.Array, parts: int, rules: Rules) -> jax.Array:

@@ -43,9 +43,7 @@ def test_chunks_change_neither_value_nor_count(
         decoder = assembly.definition.bind(params)
         positions = np.broadcast_to(np.arange(LENGTH), (BATCH, LENGTH))
         x, _ = decoder(batch["tokens"], Span(positions, batch["segments"]))
-        return loss_sum(
-            decoder, x, batch["targets"], batch["weights"], chunk_tokens=chunk_tokens
-        )
+        return loss_sum(decoder, x, batch["targets"], batch["weights"], chunk_tokens=chunk_tokens)
 
     params = jax.device_get(first_state(assembly).params)
     expected = jax.jit(total, static_argnums=1)(params, 0)
