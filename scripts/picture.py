@@ -140,6 +140,7 @@ def draw(picture: Picture, path: pathlib.Path) -> None:
     draw_meshes(axes, picture.meshes, last)
     draw_curves(axes, picture)
     axes.set_xlim(0, last)
+    axes.margins(y=0.1)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte (lower is better)")
     axes.set_title(picture.title, loc="left", fontsize=11, color=GREY, pad=26)

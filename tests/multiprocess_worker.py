@@ -1,7 +1,7 @@
 """One process of a run in `test_multiprocess.py`: trains three steps and tells what it held.
 
-The group comes from WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT; the arguments are the devices, the
-token cache and the stem of the result's name.
+The group comes from WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT; the arguments are the devices,
+the token cache and the stem of the result's name.
 """
 
 import json

@@ -92,7 +92,7 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
     aside = Aside(run, log)
     previous: dict[str, jax.Array] | None = None
     batches: Generated[Any] = run.loader.batches(first)
-    ending, step, saved = DONE, first, first if run.origin.startswith("checkpoint") else -1
+    ending, step = DONE, first
     with (
         jax.set_mesh(run.assembly.mesh),
         contextlib.closing(batches),
@@ -103,14 +103,14 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
                 ending = PREEMPTED
                 break
             if step > first and step % config.checkpoint.every_steps == 0:
-                saved = aside.save(state, step)
+                aside.save(state, step)
             with goodput.measure("data_wait_seconds"):
                 batch = next(batches)
             profiler.before(step)
             with goodput.measure("step_seconds"):
                 state, metrics = program(state, batch)
                 bad_steps = log.step(step - 1, previous) if previous else 0
-            profiler.after(step)
+            profiler.after(step, metrics)
             previous, step = metrics, step + 1
             if bad_steps >= config.train.stop_after_nonfinite:
                 ending = NON_FINITE
@@ -118,7 +118,7 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
             aside.look(state, step)
         if previous:
             log.step(step - 1, previous, last=True)
-    if ending != NON_FINITE and saved != step:
+    if ending != NON_FINITE:
         aside.save(state, step)
     final = aside.evaluate(state, step) if ending == DONE else None
     with goodput.measure("checkpoint_seconds"):
@@ -140,12 +140,11 @@ class Aside:
             eos_id=run.tokenizer.eos_id,
         )
 
-    def save(self, state: TrainState, step: int) -> int:
-        """Start to save; return the step."""
+    def save(self, state: TrainState, step: int) -> None:
+        """Start to save a step, unless it is there already."""
         with self.log.interruption("checkpoint_seconds"):
             seconds = save_state(self.run, state, step)
         self.log.checkpoint(seconds)
-        return step
 
     def look(self, state: TrainState, step: int) -> None:
         """Evaluate and sample where it is due after `step` steps."""
