@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 
 import pytest
 
@@ -191,8 +192,11 @@ def has_files(folder: pathlib.Path) -> bool:
 
 
 def test_tree_is_the_tree() -> None:
-    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
-    top = {path.name for path in ROOT.iterdir() if path.is_dir() and has_files(path)}
-    expected = {name for name in top if not name.startswith(".")} - ignored | {".ci"}
+    patterns = [
+        ".?*",
+        *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()),
+    ]
+    folders = [path.name for path in ROOT.iterdir() if path.is_dir() and has_files(path)]
+    ours = {name for name in folders if not any(fnmatch(name, p) for p in patterns)} | {".ci"}
     packages = {path.parent for path in (ROOT / "jaxscale").glob("*/__init__.py")}
-    assert tree() == expected | {path.relative_to(ROOT).as_posix() for path in packages}
+    assert tree() == ours | {path.relative_to(ROOT).as_posix() for path in packages}

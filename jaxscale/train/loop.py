@@ -78,11 +78,12 @@ def train(
                 progress=progress,
             )
         stack.callback(run.checkpointer.close)
+        # Before the compile, which may take minutes: a request in the middle of it is kept.
+        stop = stack.enter_context(StopRequest())
         with goodput.measure("compile_seconds"):
             program = compile_step(run.assembly)
         with goodput.measure("init_seconds"):
             log = stack.enter_context(StepLog(run, program, goodput, stream))
-        stop = stack.enter_context(StopRequest())
         return _loop(run, program, log, stop)
 
 
