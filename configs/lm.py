@@ -26,7 +26,7 @@ PRESETS = {
         # The shape is that of the defaults.
         {"compute_dtype": "float32", "remat": "none"},
         256,
-        16,
+        8,
     ),
     "small": (
         {"width": 320, "hidden": 896},

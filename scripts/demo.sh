@@ -85,7 +85,7 @@ train --config.mesh.data=1 --config.mesh.sequence=2 --config.mesh.tensor=4 \
   --config.train.steps="$TOTAL"
 
 heading "Evaluation on held-out documents"
-run evaluate --workdir "$WORKDIR" --baselines --json "$WORKDIR/evaluate.json"
+run evaluate --workdir "$WORKDIR" --batches=64 --baselines --json "$WORKDIR/evaluate.json"
 
 heading "A sample"
 run generate --workdir "$WORKDIR" --prompt "def "
