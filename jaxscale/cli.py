@@ -6,6 +6,8 @@ after a clean save (run the same command again), 130 interrupted. Heavy imports 
 
 import argparse
 import dataclasses
+import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, overrides = split_overrides(arguments)
         args = parser.parse_args(arguments)
         args.overrides = overrides
+        if args.json:
+            _check_json(args.json)
         if args.print_config:
             _print_config(args)
             return DONE
@@ -67,6 +71,17 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
     return rest, overrides
 
 
+def _at_least(minimum: int) -> Any:
+    """Return an argument type: a whole number with a lower limit."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {minimum} on")
+        return int(text)
+
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="jaxscale", description="Scale a transformer in JAX, from laptop to pod.")
     verbs: Any = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -88,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     verb("doctor", _doctor, "say what this machine can do, with remedies")
 
     prepare = verb("prepare", _prepare, "tokenize a corpus once into a token cache")
-    prepare.add_argument("--workers", type=int, default=0, help="processes; 0 = as many as pay")
+    prepare.add_argument(
+        "--workers", type=_at_least(0), default=0, help="processes; 0 = as many as pay"
+    )
     prepare.add_argument("--force", action="store_true", help="write the cache again")
 
     train = verb("train", _train, "train, or resume the run in the workdir")
@@ -96,17 +113,21 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", _evaluate, "loss, perplexity and bits per byte of a checkpoint")
     evaluate.add_argument("--step", type=int, help="checkpoint to read; default: the newest")
-    evaluate.add_argument("--batches", type=int, default=0, help="validation batches; 0 = all")
+    evaluate.add_argument(
+        "--batches", type=_at_least(0), default=0, help="validation batches; 0 = all"
+    )
     evaluate.add_argument("--baselines", action="store_true", help="unigram and bigram beside it")
 
     generate = verb("generate", _generate, "sample text from a checkpoint")
     generate.add_argument("--step", type=int, help="checkpoint to read; default: the newest")
     generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    generate.add_argument("--max-tokens", type=int, default=128, help="new tokens at most")
+    generate.add_argument("--max-tokens", type=_at_least(1), default=128, help="new tokens at most")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 = most likely token")
-    generate.add_argument("--top-k", type=int, default=0, help="most likely tokens; 0 = all")
+    generate.add_argument(
+        "--top-k", type=_at_least(0), default=0, help="most likely tokens; 0 = all"
+    )
     generate.add_argument("--top-p", type=float, default=1.0, help="most likely share, (0, 1]")
-    generate.add_argument("--seed", type=int, default=0, help="seed of the choice")
+    generate.add_argument("--seed", type=_at_least(0), default=0, help="seed of the choice")
     return parser
 
 
@@ -135,6 +156,17 @@ def _needed_config(args: argparse.Namespace) -> Config:
     return _given_config(args) or workdir.read_config(args.workdir)
 
 
+def _check_json(path: str) -> None:
+    """Check that a result can be written, before the work for it is done."""
+    probe = pathlib.Path(f"{path}.write-test.{os.getpid()}")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--json={path} cannot be written ({error.strerror})") from error
+
+
 def _needed_workdir(args: argparse.Namespace) -> str:
     if not args.workdir:
         raise ConfigError("--workdir is missing; name the folder of the run")
@@ -159,6 +191,15 @@ def _write_result(args: argparse.Namespace, config: Config, rows: list[dict[str,
             environment=runtime.describe(),
         )
         records.write_json(args.json, result)
+
+
+def _show_notes(notes: Sequence[str]) -> None:
+    """Print remarks beside a result, where they do not mix with it."""
+    from jaxscale import runtime
+
+    if runtime.is_primary():
+        for note in notes:
+            print(f"jaxscale: {note}", file=sys.stderr)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -196,8 +237,6 @@ def _train(args: argparse.Namespace) -> int:
     folder = _needed_workdir(args)
     config = _needed_config(args)
     runtime.start(config.runtime, devices=args.devices)
-    import jax
-
     from jaxscale.console import counting
     from jaxscale.train import loop
 
@@ -210,16 +249,19 @@ def _train(args: argparse.Namespace) -> int:
             progress=progress,
         )
     code = {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.NON_FINITE: FAILED}[result.ending]
-    if jax.process_index() > 0:
+    if not runtime.is_primary():
         return code
-    _write_result(args, config, [dataclasses.asdict(result)])
+    from jaxscale import workdir
+
+    _write_result(args, workdir.read_config(folder), [dataclasses.asdict(result)])
     if result.ending == loop.PREEMPTED:
         print(f"stopped after step {result.step}, saved; the same command goes on")
     elif result.ending == loop.NON_FINITE:
         limit = config.train.stop_after_nonfinite
         print(
             f"jaxscale: {limit} steps in a row had a non-finite loss or gradient "
-            f"(train.stop_after_nonfinite={limit}); lower optimizer.learning_rate and resume",
+            f"(train.stop_after_nonfinite={limit}); go on from the last checkpoint with "
+            "--allow-config-change and a lower optimizer.learning_rate",
             file=sys.stderr,
         )
     else:
@@ -228,17 +270,18 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from jaxscale import runtime
+    from jaxscale import runtime, workdir
 
     folder = _needed_workdir(args)
     config = _given_config(args)
-    runtime.start((config or Config()).runtime, devices=args.devices)
+    runtime.start((config or workdir.read_config(folder)).runtime, devices=args.devices)
     from jaxscale.train.trained import evaluate_trained, open_trained
 
     trained = open_trained(folder, config, step=args.step)
-    for note in trained.notes:
-        print(note)
+    _show_notes(trained.notes)
     result = evaluate_trained(trained, num_batches=args.batches, baselines=args.baselines)
+    if not runtime.is_primary():
+        return DONE
     score = result.evaluation
     print(
         f"step {result.step}: loss {score.loss:.4f}, perplexity {score.perplexity:.3f} "
@@ -255,13 +298,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from jaxscale import runtime
+    from jaxscale import runtime, workdir
 
     folder = _needed_workdir(args)
-    config = _given_config(args)
-    runtime.start((config or Config()).runtime, devices=args.devices)
     from jaxscale.bundle.sampling import Sampling
-    from jaxscale.train.trained import generate_text, open_trained
 
     sampling = Sampling(
         temperature=args.temperature,
@@ -270,8 +310,15 @@ def _generate(args: argparse.Namespace) -> int:
         seed=args.seed,
         max_tokens=args.max_tokens,
     )
+    config = _given_config(args)
+    runtime.start((config or workdir.read_config(folder)).runtime, devices=args.devices)
+    from jaxscale.train.trained import generate_text, open_trained
+
     trained = open_trained(folder, config, step=args.step)
+    _show_notes(trained.notes)
     texts = generate_text(trained, args.prompt, sampling)
+    if not runtime.is_primary():
+        return DONE
     for prompt, text in zip(args.prompt, texts, strict=True):
         print(prompt + text)
     rows = [{"prompt": p, "text": t} for p, t in zip(args.prompt, texts, strict=True)]

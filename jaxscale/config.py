@@ -337,6 +337,11 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
             f"model.remat_names names no activation {unknown[0]!r}; there are "
             f"{', '.join(ACTIVATIONS)}"
         )
+    if 1 < model.scan_unroll < model.num_layers and model.remat != "full":
+        raise ConfigError(
+            f"model.scan_unroll={model.scan_unroll} unrolls in parts, which needs model.remat=full; "
+            f"take 1 or model.num_layers={model.num_layers}"
+        )
     if model.positions == "rotary" and model.head_dim % 2:
         raise ConfigError(
             f"model.head_dim={model.head_dim} is odd; rotary positions need pairs of features"

@@ -135,6 +135,11 @@ def join(group: ProcessGroup, *, timeout_seconds: int) -> None:
         ) from error
 
 
+def is_primary() -> bool:
+    """Tell whether this is the process of its group that prints and writes results."""
+    return jax.process_index() == 0
+
+
 def describe() -> dict[str, Any]:
     """Return what a result depends on besides its config: versions, devices, host, git revision."""
     devices = jax.devices()

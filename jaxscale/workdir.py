@@ -6,6 +6,7 @@ comes before anything compiles.
 
 import os
 import pathlib
+import re
 from typing import Any
 
 from jaxscale import config_source, records
@@ -20,10 +21,12 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
     """
     path = pathlib.Path(workdir) / records.CONFIG_FILE
     if not path.is_file():
-        raise ConfigError(
-            f"--workdir={workdir}: no {records.CONFIG_FILE} there; run jaxscale train first"
-        )
-    return config_source.from_mapping(records.read_json(path))
+        raise ConfigError(f"{workdir} holds no run: it has no {records.CONFIG_FILE}")
+    try:
+        values = records.read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); give --config and train anew") from error
+    return config_source.from_mapping(values)
 
 
 def previous_config(workdir: str | os.PathLike[str]) -> Config | None:
@@ -38,6 +41,9 @@ def check_writable(workdir: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       ConfigError: it cannot be written.
     """
+    # A Path has made one slash of two.
+    if re.match(r"\w+:/", str(workdir)):
+        raise ConfigError(f"--workdir={workdir} is remote; take a local or a mounted folder")
     path = pathlib.Path(workdir)
     probe = path / f".write-test.{os.getpid()}"
     try:
@@ -51,20 +57,17 @@ def check_writable(workdir: str | os.PathLike[str]) -> pathlib.Path:
     return path
 
 
-def check_same_run(workdir: str | os.PathLike[str], config: Config) -> None:
-    """Check that a resolved config may go on with the run that is in the workdir, if any.
+def check_same_run(previous: Config, config: Config, workdir: str | os.PathLike[str]) -> None:
+    """Check that a resolved config may go on with the run in a workdir.
 
     Raises:
       ConfigError: it differs in a knob that defines the run, with the differences.
     """
-    previous = previous_config(workdir)
-    if previous is None:
-        return
     changes = config_source.changes(previous, config, only_fixed=True)
     if changes:
         shown = "; ".join(map(str, changes))
         raise ConfigError(
-            f"--workdir={workdir} holds a run of another config ({shown}); "
+            f"{workdir} holds a run of another config ({shown}); "
             "take a new workdir, or --allow-config-change to go on all the same"
         )
 

@@ -6,7 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import jax
@@ -79,6 +78,15 @@ MISTAKES = {
     "a stage axis": (["--config.mesh.data=4", "--config.mesh.stage=2"], "mesh.stage=2"),
     "an override without a value": (["--config.train.steps"], "--config.train.steps has no value"),
     "wrong devices": (["--devices=gpu:2"], "--devices=gpu:2 is not of the form cpu:N"),
+    "a remote workdir": (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is remote"),
+    "rules that cannot work": (
+        ["--config.rules.hidden=tensor,sequence"],
+        "rules.hidden and rules.length both take mesh axis sequence",
+    ),
+    "a sample without a prompt": (
+        ["--config.train.sample_prompt=", "--config.data.source=synthetic"],
+        "train.sample_prompt is empty",
+    ),
     "a missing config file": (["--config=nothing.py"], "--config=nothing.py: no such file"),
 }
 
@@ -135,7 +143,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(
     [
         (["train", *TINY], "--workdir is missing"),
         (["train", "--workdir", "runs/nothing"], "--config is missing"),
-        (["evaluate", "--workdir", "runs/nothing"], "no config.json there"),
+        (["evaluate", "--workdir", "runs/nothing"], "holds no run"),
         (["generate", "--prompt", "x", "--workdir", "runs/nothing", "--top-p=2"], "top_p=2.0"),
     ],
 )
@@ -218,24 +226,52 @@ def test_train_stops_on_sigterm_goes_on_and_is_read(
     assert "document" in output
 
 
-def test_the_first_interrupt_saves_and_the_second_insists(
-    tmp_path: pathlib.Path, corpus: pathlib.Path
-) -> None:
+def test_the_first_interrupt_saves(tmp_path: pathlib.Path, corpus: pathlib.Path) -> None:
     source = f"--config.data.source=files:{corpus}/*.txt"
-    # A second of work in each step leaves time for the second signal.
-    slow = ["--config.train.global_batch_size=512", "--config.train.log_every=1"]
-    arguments = ["train", *TINY, *SMALL, *slow, source, "--config.train.steps=100000"]
-    process = start(*arguments, "--workdir", str(tmp_path / "one"))
+    arguments = ["train", *TINY, *SMALL, source, "--config.train.log_every=1"]
+    process = start(*arguments, "--workdir", str(tmp_path), "--config.train.steps=100000")
     wait_for(process, "step 1/")
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
     assert "Traceback" not in output
-    process = start(*arguments, "--workdir", str(tmp_path / "two"))
-    wait_for(process, "step 1/")
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, output
-    assert "Traceback" not in output
+    assert list((tmp_path / records.CHECKPOINTS_DIR).iterdir())
+
+
+def test_an_interrupt_that_insists_exits_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxscale.data.prepare.prepare", interrupted)
+    assert main(["prepare", *TINY]) == 130
+    assert capsys.readouterr().err == "jaxscale: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "--workdir=x", "--batches=-1"],
+        ["prepare", "--workers=-1"],
+        ["generate", "--workdir=x", "--prompt=x", "--max-tokens=0"],
+    ],
+)
+def test_a_number_out_of_its_limits_is_named(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "is no whole number from" in error
+    assert error.count("\n") == 1
+
+
+def test_a_result_that_cannot_be_written_is_said_before_the_work(
+    compiled: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--workdir=x", "--config.train.steps=0", "--json=/proc/none/result.json"]
+    assert main(["train", *TINY, *arguments]) == 2
+    assert "--json=/proc/none/result.json cannot be written" in capsys.readouterr().err
+    assert compiled == []

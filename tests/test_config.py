@@ -89,6 +89,7 @@ WRONG = {
     "model.remat_names names no activation 'queries'": Config(
         model=ModelConfig(remat="names", remat_names=("queries",))
     ),
+    "model.scan_unroll=3 unrolls in parts": Config(model=ModelConfig(remat="none", scan_unroll=3)),
     "optimizer.beta2=1.0 is not in [0, 1)": Config(optimizer=OptimizerConfig(beta2=1.0)),
 }
 

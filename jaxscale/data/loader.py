@@ -103,6 +103,7 @@ class Loader:
       windows: The training windows.
       validation_windows: The windows held apart; none where the cache holds nothing apart.
       local_rows: Rows of each global batch that this process reads, rising.
+      fingerprint: Changes with the tokens.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Loader:
           ConfigError: the training split is shorter than a window.
         """
         self._data, self._sharding = data, sharding
+        self.fingerprint = cache.fingerprint
         self._shape = (global_batch_size, data.length)
         self.windows = Windows(cache.split(TRAIN), data.length, data.document_mask)
         self.validation_windows = Windows(cache.split(VALIDATION), data.length, data.document_mask)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxscale.config import ModelConfig
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.cache import Cache
-from jaxscale.model.layers import MLP, Attention, Norm, gathered, matrix
+from jaxscale.model.layers import MLP, Attention, Norm, gathered, looked_up, matrix
 from jaxscale.parallel.sharding import Axis, Rules, check_divides
 
 Params = dict[str, Any]
@@ -75,11 +75,9 @@ class Decoder(nnx.Module):
         """Return the normalised last hidden states, (B, L, D), and the cache with these tokens."""
         model, rules = self.model, self.rules
         dtype = jnp.dtype(model.compute_dtype)
-        spec = rules.spec("batch", "length", "width")
-        x_BLD = gathered(self.embedding, rules, dtype).at[tokens_BL].get(out_sharding=spec)
+        x_BLD = looked_up(self.embedding, tokens_BL, rules, dtype)
         if self.positions is not None:
-            table_SD = gathered(self.positions, rules, dtype)
-            x_BLD = x_BLD + table_SD.at[span.positions_BL].get(out_sharding=spec)
+            x_BLD = x_BLD + looked_up(self.positions, span.positions_BL, rules, dtype)
         x_BLD = rules.place(x_BLD, "batch", "residual_length", "width")
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(model, rules, nnx.Rngs(0))))
 
@@ -95,32 +93,46 @@ class Decoder(nnx.Module):
         )
         return self.norm(x_BLD), cache
 
-    def logits(self, x_BLD: jax.Array) -> jax.Array:
-        """Return the float32 logits, (B, L, V), of normalised hidden states."""
+    def head_weights(self) -> jax.Array:
+        """Return the head's weights, whole along FSDP: (D, V), or (V, D) if tied."""
+        param = self.embedding if self.head is None else self.head
+        return gathered(param, self.rules, jnp.dtype(self.model.compute_dtype))
+
+    def logits(self, x_BLD: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+        """Return the float32 logits, (B, L, V), of normalised hidden states.
+
+        Args:
+          x_BLD: normalised hidden states.
+          weights: from `head_weights`, where they are used several times.
+        """
         rules = self.rules
-        param, pattern = (
-            (self.embedding, "bld,vd->blv") if self.head is None else (self.head, "bld,dv->blv")
-        )
         return jnp.einsum(
-            pattern,
+            "bld,vd->blv" if self.head is None else "bld,dv->blv",
             rules.place(x_BLD, "batch", "length", "width"),
-            gathered(param, rules, x_BLD.dtype),
+            self.head_weights() if weights is None else weights,
             out_sharding=rules.spec("batch", "length", "vocab"),
             preferred_element_type=jnp.float32,
         )
+
+
+def _keep_all_but_gathered(primitive: Any, *operands: Any, **_: Any) -> bool:
+    """Keep every activation, but gather weights anew: kept, they would undo FSDP's sharding."""
+    of_gathered = any(operand.sharding.spec.reduced for operand in operands)
+    return primitive.name == "dot_general" or not (of_gathered or primitive.name == "reshard")
 
 
 def _rematerialised(run_block: Any, model: ModelConfig) -> Any:
     """Wrap a block so that the backward pass recomputes what `model.remat` does not keep."""
     policies = jax.checkpoint_policies
     policy = {
+        "none": _keep_all_but_gathered,
         "full": policies.nothing_saveable,
-        "dots": policies.dots_saveable,
+        # Those of weights alone: attention's scores have batch dimensions and grow with length^2.
+        "dots": policies.dots_with_no_batch_dims_saveable,
         "names": policies.save_only_these_names(*model.remat_names),
     }
-    if model.remat == "none":
-        return run_block
-    return jax.checkpoint(run_block, policy=policy[model.remat])
+    # A scan needs no barrier against common subexpressions between forward and backward pass.
+    return jax.checkpoint(run_block, policy=policy[model.remat], prevent_cse=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,14 +74,23 @@ class Norm(nnx.Module):
         return _biased(x32 * _along(x32, self.scale), self.bias).astype(x.dtype)
 
 
+def looked_up(
+    param: nnx.Param[jax.Array], ids_BL: jax.Array, rules: Rules, dtype: Any
+) -> jax.Array:
+    """Return the rows of a table for some ids, (B, L, D), in `dtype`."""
+    axes: tuple[Axis, ...] = param.get_metadata("axes")
+    return rules.lookup(param[...], axes, ids_BL, dtype)
+
+
 def _along(x: jax.Array, param: nnx.Param[jax.Array]) -> jax.Array:
-    """Return a vector in x's dtype, with leading dimensions of size 1 that broadcast against x."""
-    values = param[...].astype(x.dtype)
+    """Return a float32 vector with leading dimensions of size 1 that broadcast against x."""
+    values = param[...].astype(jnp.float32)
     return values[(None,) * (x.ndim - values.ndim)]
 
 
 def _biased(x: jax.Array, bias: nnx.Param[jax.Array] | None) -> jax.Array:
-    return x if bias is None else x + _along(x, bias)
+    """Add a bias in float32, in which its gradient, a sum over all tokens, then is as well."""
+    return x if bias is None else (x.astype(jnp.float32) + _along(x, bias)).astype(x.dtype)
 
 
 def rotary(x_BLNH: jax.Array, positions_BL: jax.Array, model: ModelConfig) -> jax.Array:

@@ -42,9 +42,12 @@ def loss_sum(
       weights_BL: float32 weight of each token.
       chunk_tokens: tokens per device whose logits exist at once; 0 = all.
     """
+    # Gathered once for all chunks. In float32, so that the chunks' gradients add up in float32.
+    head = decoder.head_weights().astype(jnp.float32)
 
     def of_chunk(x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
-        losses_BL = token_losses(decoder.logits(x_BLD), targets_BL, decoder.rules)
+        logits_BLV = decoder.logits(x_BLD, head.astype(x_BLD.dtype))
+        losses_BL = token_losses(logits_BLV, targets_BL, decoder.rules)
         return jnp.sum(losses_BL * weights_BL)
 
     count = _num_chunks(x_BLD, decoder.rules, chunk_tokens)
@@ -52,7 +55,7 @@ def loss_sum(
         return of_chunk(x_BLD, targets_BL, weights_BL)
 
     def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return total + jax.checkpoint(of_chunk)(*chunk), None
+        return total + jax.checkpoint(of_chunk, prevent_cse=False)(*chunk), None
 
     chunks = tuple(_split(a, count, decoder.rules) for a in (x_BLD, targets_BL, weights_BL))
     return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0]

@@ -51,6 +51,7 @@ class Rules:
             if len(set(axes)) < len(axes):
                 raise ConfigError(f"rules.{field.name}={value} names a mesh axis twice")
             table.append((field.name, axes))
+        _check_together(dict(table))
         return cls(tuple(table), reduce_dtype)
 
     def replace(self, **axes: tuple[str, ...]) -> "Rules":
@@ -118,6 +119,49 @@ class Rules:
         partial = frozenset(self.mesh_axes("batch") + self.mesh_axes("length"))
         return _gather(weight, whole, sharded, partial, (jnp.dtype(dtype), self.reduce_dtype))
 
+    def lookup(
+        self, table: jax.Array, logical: tuple[Axis, ...], ids_BL: jax.Array, dtype: Any
+    ) -> jax.Array:
+        """Return the rows `table[ids]` in the compute dtype, (B, L, D), sharded like activations.
+
+        The table travels in the compute dtype. Its gradient, a sum over all tokens of an id, is
+        added up in float32, where a frequent token's many small terms are not rounded away.
+        """
+        specs = (
+            self.spec(*(None if name == "embed" else name for name in logical)),
+            self.spec("batch", "length", "width"),
+            frozenset(self.mesh_axes("batch") + self.mesh_axes("length")),
+        )
+        return _lookup(table, ids_BL, specs, jnp.dtype(dtype))
+
+
+def _rows(table: jax.Array, ids_BL: jax.Array, specs: Any) -> jax.Array:
+    whole, rows, partial = specs
+    if whole is not None:
+        table = jax.reshard(table, PartitionSpec(*whole, reduced=set(partial)))
+    found: jax.Array = table.at[ids_BL].get(out_sharding=rows)
+    return found
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _lookup(table: jax.Array, ids_BL: jax.Array, specs: Any, dtype: Any) -> jax.Array:
+    return _rows(table.astype(dtype), ids_BL, specs)
+
+
+def _lookup_forward(table, ids_BL, specs, dtype):  # type: ignore[no-untyped-def]
+    return _lookup(table, ids_BL, specs, dtype), (table, ids_BL)
+
+
+def _lookup_backward(specs, dtype, residuals, gradient):  # type: ignore[no-untyped-def]
+    del dtype
+    table, ids_BL = residuals
+    # The lookup is linear: its transpose in float32 needs the table's shape and placement alone.
+    _, transpose = jax.vjp(lambda t: _rows(t, ids_BL, specs), table.astype(jnp.float32))
+    return transpose(gradient.astype(jnp.float32))[0].astype(table.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(
@@ -142,6 +186,32 @@ def _gather_backward(whole, sharded, partial, dtypes, residual, gradient):  # ty
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+# A parameter's dimensions other than `embed` stay cut while a block computes, beside its tokens.
+TOKEN_AXES = ("batch", "length")
+BESIDE_TOKENS = ("heads", "kv_heads", "hidden", "vocab", "width")
+
+
+def _check_together(table: Mapping[str, tuple[str, ...]]) -> None:
+    """Check the rules that no block could compute with.
+
+    Raises:
+      ConfigError: naming the rules and the remedy.
+    """
+    for name in BESIDE_TOKENS:
+        for other in TOKEN_AXES:
+            shared = set(table[name]) & set(table[other])
+            if shared:
+                raise ConfigError(
+                    f"rules.{name} and rules.{other} both take mesh axis {min(shared)}; "
+                    f"take it out of one of them"
+                )
+    for name, allowed in (("head_dim", ()), ("layers", (AXES[0],))):
+        wrong = [axis for axis in table[name] if axis not in allowed]
+        if wrong:
+            choice = " or ".join(map(repr, (*allowed, None)))
+            raise ConfigError(f"rules.{name}={','.join(table[name])} cannot work; set {choice}")
 
 
 def check_divides(rules: Rules, mesh: Mesh, sizes: Mapping[str, tuple[int, str]]) -> None:

@@ -13,15 +13,13 @@ from typing import Any, Self, TextIO
 
 import jax
 
-from jaxscale import records
+from jaxscale import records, runtime
 from jaxscale.console import Console
 from jaxscale.goodput import Goodput
 from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops
 from jaxscale.model.cost import train_flops_per_token
 from jaxscale.train.evaluate import Evaluation
 from jaxscale.train.start import Run
-
-DATA_WAIT = "data_wait_seconds"
 
 
 class StepLog:
@@ -37,7 +35,7 @@ class StepLog:
           stream: where progress is shown; None shows nothing.
         """
         config = run.assembly.config
-        primary = jax.process_index() == 0
+        primary = runtime.is_primary()
         self.run, self.goodput = run, goodput
         self.loss: float | None = None
         self._console = Console(
@@ -59,6 +57,8 @@ class StepLog:
     def __enter__(self) -> Self:
         self._console.__enter__()
         self.note(f"{self.run.folder}: starting from {self.run.origin}")
+        if not len(self.run.loader.validation_windows):
+            self.note("no evaluation: no window of data.length tokens is held apart")
         return self
 
     def __exit__(
@@ -74,12 +74,19 @@ class StepLog:
     def _mark(self, step: int) -> None:
         """Begin a new interval of measurement before `step`."""
         self._marked_step, self._marked_time = step, time.perf_counter()
-        self._marked_wait = self.goodput.seconds()[DATA_WAIT]
+        self._marked_wait = self.goodput.seconds()[records.DATA_WAIT_SECONDS]
         self._aside_seconds = 0.0
 
     @contextlib.contextmanager
-    def interruption(self, category: str) -> Iterator[None]:
-        """Account for something that is no step."""
+    def interruption(self, category: str, newest: jax.Array) -> Iterator[None]:
+        """Account for something that is no step, after the steps before it are done.
+
+        Args:
+          category: of goodput.
+          newest: any result of the newest step.
+        """
+        with self.goodput.measure(records.STEP_SECONDS):
+            jax.block_until_ready(newest)
         start = time.perf_counter()
         with self.goodput.measure(category):
             yield
@@ -110,7 +117,7 @@ class StepLog:
     def _figures(self, done: int, values: Mapping[str, Any]) -> dict[str, Any]:
         steps = max(done - self._marked_step, 1)
         seconds = max(time.perf_counter() - self._marked_time - self._aside_seconds, 1e-9)
-        wait = self.goodput.seconds()[DATA_WAIT] - self._marked_wait
+        wait = self.goodput.seconds()[records.DATA_WAIT_SECONDS] - self._marked_wait
         tokens_per_second = steps * self._tokens_per_step / seconds
         checkpoint, self._checkpoint_seconds = self._checkpoint_seconds, None
         return {

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import jax
 
+from jaxscale import records, runtime
 from jaxscale.bundle.sampling import Sampling
 from jaxscale.config import Config
 from jaxscale.data.prepare import Progress
@@ -68,9 +69,9 @@ def train(
       ConfigError: a user's mistake, before anything compiles.
     """
     folder = pathlib.Path(folder)
-    goodput = Goodput(folder, primary=jax.process_index() == 0)
+    goodput = Goodput(folder, primary=runtime.is_primary())
     with contextlib.ExitStack() as stack:
-        with goodput.measure("init_seconds"):
+        with goodput.measure(records.INIT_SECONDS):
             run = open_run(
                 config,
                 folder,
@@ -80,9 +81,9 @@ def train(
         stack.callback(run.checkpointer.close)
         # Before the compile, which may take minutes: a request in the middle of it is kept.
         stop = stack.enter_context(StopRequest())
-        with goodput.measure("compile_seconds"):
+        with goodput.measure(records.COMPILE_SECONDS):
             program = compile_step(run.assembly)
-        with goodput.measure("init_seconds"):
+        with goodput.measure(records.INIT_SECONDS):
             log = stack.enter_context(StepLog(run, program, goodput, stream))
         return _loop(run, program, log, stop)
 
@@ -105,10 +106,10 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
                 break
             if step > first and step % config.checkpoint.every_steps == 0:
                 aside.save(state, step)
-            with goodput.measure("data_wait_seconds"):
+            with goodput.measure(records.DATA_WAIT_SECONDS):
                 batch = next(batches)
             profiler.before(step)
-            with goodput.measure("step_seconds"):
+            with goodput.measure(records.STEP_SECONDS):
                 state, metrics = program(state, batch)
                 bad_steps = log.step(step - 1, previous) if previous else 0
             profiler.after(step, metrics)
@@ -118,11 +119,12 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
                 break
             aside.look(state, step)
         if previous:
-            log.step(step - 1, previous, last=True)
+            with goodput.measure(records.STEP_SECONDS):
+                log.step(step - 1, previous, last=True)
     if ending != NON_FINITE:
         aside.save(state, step)
     final = aside.evaluate(state, step) if ending == DONE else None
-    with goodput.measure("checkpoint_seconds"):
+    with goodput.measure(records.CHECKPOINT_SECONDS):
         run.checkpointer.wait()
     return TrainResult(ending, step, log.loss, final)
 
@@ -143,7 +145,7 @@ class Aside:
 
     def save(self, state: TrainState, step: int) -> None:
         """Start to save a step, unless it is there already."""
-        with self.log.interruption("checkpoint_seconds"):
+        with self.log.interruption(records.CHECKPOINT_SECONDS, state.step):
             seconds = save_state(self.run, state, step)
         self.log.checkpoint(seconds)
 
@@ -160,7 +162,7 @@ class Aside:
         run = self.run
         if not len(run.loader.validation_windows):
             return None
-        with self.log.interruption("evaluation_seconds"):
+        with self.log.interruption(records.EVALUATION_SECONDS, state.step):
             result = evaluate(
                 run.assembly,
                 state.params,
@@ -172,12 +174,19 @@ class Aside:
         return result
 
     def _sample(self, state: TrainState, step: int) -> None:
-        prompt = self.run.assembly.config.train.sample_prompt
-        with self.log.interruption("evaluation_seconds"):
+        config, prompt = self.run.assembly.config, self.run.assembly.config.train.sample_prompt
+        ids = self.run.tokenizer.encode(prompt)
+        # Learned positions end somewhere; then the sample does too.
+        room = config.model.max_length - len(ids)
+        rotary = config.model.positions == "rotary"
+        max_tokens = SAMPLE_TOKENS if rotary else min(SAMPLE_TOKENS, room)
+        if max_tokens < 1:
+            return
+        with self.log.interruption(records.EVALUATION_SECONDS, state.step):
             tokens = self._generator.generate(
                 state.params,
-                [self.run.tokenizer.encode(prompt)],
-                Sampling(temperature=0.7, max_tokens=SAMPLE_TOKENS),
+                [ids],
+                Sampling(temperature=0.7, max_tokens=max_tokens),
             )
         text = prompt + self.run.tokenizer.decode(tokens[0])
         self.log.sample(step, text)

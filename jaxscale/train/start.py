@@ -85,19 +85,64 @@ def open_run(
     Raises:
       ConfigError: a user's mistake, in one line.
     """
-    config = fill(config, workdir.previous_config(folder))
     workdir.check_writable(folder)
-    if not allow_config_change:
-        workdir.check_same_run(folder, config)
+    origin = _origin(config, folder)
+    previous = workdir.read_config(origin) if origin else None
+    config = fill(config, previous)
+    if previous and not allow_config_change:
+        workdir.check_same_run(previous, config, origin)
     validate(config)
     assembly = assemble(config)
     tokenizer, loader = open_data(assembly, progress)
+    if origin and not allow_config_change:
+        _check_same_data(origin, config, tokenizer, loader)
+    check_samples(config)
     environment = runtime.describe()
-    if jax.process_index() == 0:
-        workdir.write_config(folder, config, environment)
     checkpointer = Checkpointer(folder, config.checkpoint)
-    state, origin = first_state(assembly, checkpointer)
-    return Run(assembly, folder, tokenizer, loader, checkpointer, state, origin, environment)
+    state, words = first_state(assembly, checkpointer)
+    # Last, so that a run that could not start leaves the workdir as it was.
+    if runtime.is_primary():
+        workdir.write_config(folder, config, environment)
+    return Run(assembly, folder, tokenizer, loader, checkpointer, state, words, environment)
+
+
+def _origin(config: Config, folder: pathlib.Path) -> str:
+    """Return the workdir of the run that this one goes on with: its own, another, or none."""
+    if _reader(folder, config).latest_step() is not None:
+        return str(folder)
+    other = config.checkpoint.restore_from
+    if other and workdir.previous_config(other) is None:
+        raise ConfigError(f"checkpoint.restore_from={other} holds no run; name a workdir")
+    return other
+
+
+def _reader(folder: str | pathlib.Path, config: Config) -> Checkpointer:
+    return Checkpointer(folder, config.checkpoint, read_only=True)
+
+
+def _check_same_data(origin: str, config: Config, tokenizer: Tokenizer, loader: Loader) -> None:
+    reader = _reader(origin, config)
+    meta = reader.read_meta(_newest(reader, "checkpoint.restore_from"))
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the run in {origin} "
+            "began with; restore it, or --allow-config-change to go on all the same"
+        )
+    if meta["data"] != loader.fingerprint:
+        raise ConfigError(
+            f"data.source={config.data.source} has changed since the run in {origin} began; "
+            "restore it, or --allow-config-change to go on all the same"
+        )
+
+
+def check_samples(config: Config) -> None:
+    """Check that the text samples of a run can be made.
+
+    Raises:
+      ConfigError: there is no prompt.
+    """
+    if config.train.sample_every and not config.train.sample_prompt:
+        raise ConfigError("train.sample_prompt is empty; give it text or set train.sample_every=0")
 
 
 def first_state(assembly: Assembly, checkpointer: Checkpointer) -> tuple[TrainState, str]:
@@ -107,12 +152,11 @@ def first_state(assembly: Assembly, checkpointer: Checkpointer) -> tuple[TrainSt
     if step is not None:
         return restore_state(assembly, checkpointer, step), f"checkpoint of step {step}"
     if config.restore_from:
-        workdir.check_same_run(config.restore_from, assembly.config)
-        other = Checkpointer(config.restore_from, config, read_only=True)
+        other = _reader(config.restore_from, assembly.config)
         step = _newest(other, "checkpoint.restore_from")
         return restore_state(assembly, other, step), f"step {step} of {config.restore_from}"
     if config.init_from:
-        other = Checkpointer(config.init_from, config, read_only=True)
+        other = _reader(config.init_from, assembly.config)
         step = _newest(other, "checkpoint.init_from")
         params = other.restore_params(step, assembly.definition.abstract(assembly.mesh))
         return init_state(assembly, params), f"parameters of step {step} of {config.init_from}"
@@ -160,6 +204,7 @@ def save_state(run: Run, state: TrainState, step: int) -> float:
         "mesh": dict(run.assembly.mesh.shape),
         "environment": run.environment,
         "tokenizer": run.tokenizer.fingerprint,
+        "data": run.loader.fingerprint,
     }
     return run.checkpointer.save(
         step, params=state.params, optimizer=optimizer_item(state), meta=meta

@@ -227,6 +227,65 @@ def test_too_many_bad_steps_end_the_run_and_leave_the_weights_alone(
     assert result.step < 10
 
 
+def test_interruptions_do_not_change_what_is_said_of_speed(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    speeds = {}
+    for name, knobs in {
+        "plain": {},
+        "interrupted": {"train__eval_every": 1, "checkpoint__every_steps": 1},
+    }.items():
+        # Steps long enough to tell them from what is around them.
+        config = make_config(train__global_batch_size=512, train__steps=6, **knobs)
+        train(config, tmp_path / name)
+        lines = list(last_lines(tmp_path / name).values())[1:]
+        speeds[name] = np.median([line[records.TOKENS_PER_SECOND] for line in lines])
+        goodput = read_goodput(tmp_path / name / records.GOODPUT_FILE)
+        seconds = sum(line[records.STEP_SECONDS] for line in lines)
+        assert goodput.seconds["step_seconds"] > 0.8 * seconds
+    # Without waiting for the step in flight, the second would be some hundred times the first.
+    assert 0.4 < speeds["interrupted"] / speeds["plain"] < 2.5
+
+
+def test_restore_from_goes_on_longer_and_init_only_checks(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    raw = dataclasses.replace(
+        make_config(train__steps=3, optimizer__schedule_steps=0),
+    )
+    train(raw, tmp_path / "first")
+    longer = config_source.override(raw, "train.steps", "5")
+    longer = config_source.override(longer, "checkpoint.restore_from", str(tmp_path / "first"))
+    wrong = config_source.override(longer, "model.hidden", "32")
+    with pytest.raises(ConfigError, match="model.hidden: 64 -> 32"):
+        train(wrong, tmp_path / "second")
+    assert not (tmp_path / "second" / records.CONFIG_FILE).exists()
+    assert train(longer, tmp_path / "second").step == 5
+
+
+def test_a_change_that_cannot_be_restored_leaves_the_workdir_usable(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    train(make_config(train__steps=2), tmp_path)
+    with pytest.raises(ConfigError, match="blocks/mlp/down is"):
+        train(make_config(model__hidden=32), tmp_path, allow_config_change=True)
+    assert train(make_config(train__steps=3), tmp_path).step == 3
+
+
+def test_changed_data_is_refused(make_config: Any, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(16):
+        (folder / f"{number}.txt").write_text(f"text {number} " * 40)
+    config = make_config(data__source=f"files:{folder}/*.txt", train__steps=2)
+    train(config, tmp_path / "run")
+    (folder / "0.txt").write_text("something else " * 40)
+    longer = config_source.override(config, "train.steps", "3")
+    with pytest.raises(ConfigError, match="has changed since the run"):
+        train(longer, tmp_path / "run")
+    assert train(longer, tmp_path / "run", allow_config_change=True).step == 3
+
+
 def test_one_bad_step_is_skipped_and_counted() -> None:
     config = tiny_config()
     assembly = assemble(config, jax.devices()[:1])
