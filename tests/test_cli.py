@@ -78,7 +78,10 @@ MISTAKES = {
     "a stage axis": (["--config.mesh.data=4", "--config.mesh.stage=2"], "mesh.stage=2"),
     "an override without a value": (["--config.train.steps"], "--config.train.steps has no value"),
     "wrong devices": (["--devices=gpu:2"], "--devices=gpu:2 is not of the form cpu:N"),
-    "a remote workdir": (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is remote"),
+    "a remote workdir": (
+        ["--workdir=gs://bucket/run"],
+        "bucket/run is remote; take a local or a mounted folder",
+    ),
     "rules that cannot work": (
         ["--config.rules.hidden=tensor,sequence"],
         "rules.hidden and rules.length both take mesh axis sequence",
