@@ -339,8 +339,8 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
         )
     if 1 < model.scan_unroll < model.num_layers and model.remat != "full":
         raise ConfigError(
-            f"model.scan_unroll={model.scan_unroll} unrolls in parts, which needs model.remat=full; "
-            f"take 1 or model.num_layers={model.num_layers}"
+            f"model.scan_unroll={model.scan_unroll} unrolls in parts, which needs "
+            f"model.remat=full; take 1 or model.num_layers={model.num_layers}"
         )
     if model.positions == "rotary" and model.head_dim % 2:
         raise ConfigError(
