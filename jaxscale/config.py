@@ -363,11 +363,6 @@ def _check_loop(config: Config) -> None:
             f"train.accumulation_steps={train.accumulation_steps} does not divide "
             f"train.global_batch_size={train.global_batch_size}"
         )
-    if 0 < optimizer.schedule_steps < optimizer.warmup_steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds "
-            f"optimizer.schedule_steps={optimizer.schedule_steps} (0 = train.steps); lower it"
-        )
     if not 0 <= config.data.validation_fraction < 1:
         raise ConfigError(
             f"data.validation_fraction={config.data.validation_fraction} is not in [0, 1)"

@@ -57,6 +57,22 @@ def make_schedule(config: OptimizerConfig) -> Schedule:
     return schedule
 
 
+def schedule_warning(config: OptimizerConfig, steps: int) -> str | None:
+    """Tell what is odd about the learning rate of a run of so many steps, if anything is."""
+    if 0 < steps < config.warmup_steps:
+        return (
+            f"the learning rate only rises: optimizer.warmup_steps={config.warmup_steps} "
+            f"exceeds train.steps={steps}"
+        )
+    if steps > config.schedule_steps and config.schedule != "constant":
+        return (
+            f"from step {config.schedule_steps} on the learning rate stays at "
+            f"{config.learning_rate * config.final_fraction:.3g}: train.steps={steps} goes beyond "
+            f"optimizer.schedule_steps={config.schedule_steps}"
+        )
+    return None
+
+
 def _decay(config: OptimizerConfig, progress: jax.Array) -> jax.Array:
     """Return the share of the way from the final to the peak rate that is left."""
     if config.schedule == "constant":

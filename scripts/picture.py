@@ -4,7 +4,7 @@
     jaxscale evaluate --workdir=WORKDIR --baselines --json=WORKDIR/evaluate.json
     python scripts/picture.py WORKDIR docs/images/run.png      (or .svg)
 
-Needs matplotlib: pip install matplotlib.
+Needs matplotlib, which the dev extra and scripts/setup.sh bring.
 """
 
 import argparse

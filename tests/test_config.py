@@ -75,9 +75,6 @@ WRONG = {
     "train.accumulation_steps=3 does not divide train.global_batch_size=32": Config(
         train=TrainConfig(accumulation_steps=3)
     ),
-    "optimizer.warmup_steps=100 exceeds optimizer.schedule_steps=50": Config(
-        train=TrainConfig(steps=50)
-    ),
     "data.validation_fraction=1.0 is not in [0, 1)": Config(
         data=DataConfig(validation_fraction=1.0)
     ),

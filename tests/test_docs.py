@@ -87,7 +87,6 @@ def test_written_page_is_short(page: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_picture_is_drawn(tmp_path: pathlib.Path, ending: str) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib draws the README's picture, and no more")
     script = runpy.run_path(str(ROOT / "scripts" / "picture.py"))
     point = script["Point"]
     picture = script["Picture"](

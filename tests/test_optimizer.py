@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxscale.config import OptimizerConfig
-from jaxscale.optimizer import make_optimizer, make_schedule
+from jaxscale.optimizer import make_optimizer, make_schedule, schedule_warning
 
 
 def config(**knobs: object) -> OptimizerConfig:
@@ -56,3 +56,16 @@ def test_wsd_decays_over_its_last_share() -> None:
     schedule = make_schedule(config(schedule="wsd", decay_fraction=0.2))
     assert float(schedule(90)) == pytest.approx(1.0)
     assert float(schedule(100)) == pytest.approx(0.55, rel=1e-3)
+
+
+def test_a_schedule_that_does_not_fit_the_run_is_told() -> None:
+    assert schedule_warning(config(), 110) is None
+    assert schedule_warning(config(schedule="constant"), 1000) is None
+    assert "warmup_steps=10 exceeds train.steps=9" in (schedule_warning(config(), 9) or "")
+    longer = schedule_warning(config(), 120) or ""
+    assert "from step 110 on the learning rate stays at 0.1: train.steps=120" in longer
+    # What it says is what the schedule does.
+    schedule = make_schedule(config(warmup_steps=200))
+    rates = [float(schedule(step)) for step in range(110)]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(0.55)

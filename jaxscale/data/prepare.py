@@ -95,7 +95,8 @@ def prepare(
     if not reused:
         _make_writable(root, data)
         with token_cache.written_whole(path, replace=force) as folder:
-            work = Work(source, tokenizer, folder, int(data.validation_fraction * HASH_LIMIT))
+            below = int(data.validation_fraction * HASH_LIMIT)
+            work = Work(source, tokenizer, folder, validation_below=below)
             _write_cache(data, work, workers=workers, progress=progress)
     index = TokenCache(path).index
     counts = {
@@ -156,12 +157,14 @@ class Work:
     Attributes:
       folder: Where their files go.
       validation_below: Documents whose hash is less are held apart.
+      validation_tail: Share at the end of each other document that is held apart.
     """
 
     source: Source
     tokenizer: Tokenizer
     folder: pathlib.Path
     validation_below: int
+    validation_tail: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,11 +179,11 @@ class DoneShard:
 def _write_cache(data: DataConfig, work: Work, *, workers: int, progress: Progress | None) -> None:
     done = _write_shards(data, work, workers=workers, progress=progress)
     hashes = {value for shard in done for value in shard.hashes}
-    limit = _validation_limit(data, work.validation_below, hashes)
-    if limit != work.validation_below:
+    adjusted = _hold_apart(data, work, hashes)
+    if adjusted != work:
+        work = adjusted
         shutil.rmtree(work.folder)
         work.folder.mkdir()
-        work = dataclasses.replace(work, validation_below=limit)
         done = _write_shards(data, work, workers=workers, progress=progress)
     token_cache.write_index(
         work.folder,
@@ -200,23 +203,23 @@ def _write_cache(data: DataConfig, work: Work, *, workers: int, progress: Progre
     )
 
 
-def _validation_limit(data: DataConfig, limit: int, hashes: set[int]) -> int:
-    """Move the limit, where it must, past one document, so that no split stays empty."""
+def _hold_apart(data: DataConfig, work: Work, hashes: set[int]) -> Work:
+    """Change, where it must be, what is held apart, so that no split stays empty."""
     if not hashes:
         raise ConfigError(
             f"data.source={data.source!r} holds no UTF-8 text; name other files, "
             "or use data.source=python_stdlib"
         )
     if not data.validation_fraction:
-        return limit
+        return work
     lowest, highest = min(hashes), max(hashes)
     if lowest == highest:
-        raise ConfigError(
-            f"data.validation_fraction={data.validation_fraction} holds documents apart, but "
-            f"data.source={data.source!r} is a single one; split it into files, "
-            "or set data.validation_fraction=0"
+        # A single document, or copies of one.
+        return dataclasses.replace(
+            work, validation_below=0, validation_tail=data.validation_fraction
         )
-    return min(max(limit, lowest + 1), highest)
+    limit = min(max(work.validation_below, lowest + 1), highest)
+    return dataclasses.replace(work, validation_below=limit)
 
 
 def _write_shards(
@@ -267,21 +270,37 @@ def write_shard(
         if stop is not None and stop.is_set():
             break
         document = work.source[index]
-        ids = work.tokenizer.encode(document.text if document is not None else "")
-        if document is None or not len(ids):
+        text = document.text if document is not None else ""
+        ids = work.tokenizer.encode(text)
+        if not len(ids):
             num_skipped += 1
             continue
-        text = document.text.encode()
         # By content, so that copies of a document are never on both sides.
-        hashes.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"))
-        name = VALIDATION if hashes[-1] < work.validation_below else TRAIN
-        writers[name].add(ids, text_bytes=len(text))
+        hashes.append(_hash(text))
+        if work.validation_tail:
+            for name, part in _divide(text, work.validation_tail).items():
+                writers[name].add(work.tokenizer.encode(part), text_bytes=len(part.encode()))
+        else:
+            name = VALIDATION if hashes[-1] < work.validation_below else TRAIN
+            writers[name].add(ids, text_bytes=len(text.encode()))
     shards = {name: writer.close() for name, writer in writers.items()}
     return DoneShard(
         splits={name: shard for name, shard in shards.items() if shard is not None},
         num_skipped=num_skipped,
         hashes=(min(hashes), max(hashes)) if hashes else (),
     )
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _divide(text: str, tail: float) -> dict[str, str]:
+    """Cut a text at a line's end, so that about a share of it is the validation part."""
+    around = int(len(text) * (1 - tail))
+    cut = text.rfind("\n", 0, around) + 1 or around
+    parts = {TRAIN: text[:cut], VALIDATION: text[cut:]}
+    return {name: part for name, part in parts.items() if part}
 
 
 def _run_in_line(work: Work, ranges: Sequence[range]) -> Generator[tuple[int, DoneShard]]:

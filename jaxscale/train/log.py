@@ -18,6 +18,7 @@ from jaxscale.console import Console
 from jaxscale.goodput import Goodput
 from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops
 from jaxscale.model.cost import train_flops_per_token
+from jaxscale.optimizer import schedule_warning
 from jaxscale.train.evaluate import Evaluation
 from jaxscale.train.start import Run
 
@@ -52,6 +53,9 @@ class StepLog:
         self._flops_per_token = train_flops_per_token(config.model, config.data.length)
         self._peak = peak_flops(devices, config.model.compute_dtype)
         self._checkpoint_seconds: float | None = None
+        # Notes that belong below the line of a step which is not logged yet.
+        self._notes: list[str] = []
+        self._read_step = int(run.state.step)
         self._mark(int(run.state.step))
 
     def __enter__(self) -> Self:
@@ -59,6 +63,10 @@ class StepLog:
         self.note(f"{self.run.folder}: starting from {self.run.origin}")
         if not len(self.run.loader.validation_windows):
             self.note("no evaluation: no window of data.length tokens is held apart")
+        config = self.run.assembly.config
+        warning = schedule_warning(config.optimizer, config.train.steps)
+        if warning:
+            self.note(warning)
         return self
 
     def __exit__(
@@ -67,6 +75,7 @@ class StepLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._show_notes()
         self.goodput.write(self._marked_step)
         self._writer.close()
         self._console.__exit__(kind, error, traceback)
@@ -112,6 +121,8 @@ class StepLog:
             self._mark(done)
         else:
             self._console.advance(done)
+        self._read_step = done
+        self._show_notes()
         return bad_steps
 
     def _figures(self, done: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,19 +157,31 @@ class StepLog:
             records.TOKENS: result.tokens,
         }
         self._writer.write(step, records.KIND_EVALUATION, values)
-        self.note(
+        self._note_after(
+            step,
             f"validation after step {step}: loss {result.loss:.4f}  "
-            f"perplexity {result.perplexity:.2f}  bits per byte {result.bits_per_byte:.3f}"
+            f"perplexity {result.perplexity:.2f}  bits per byte {result.bits_per_byte:.3f}",
         )
 
     def sample(self, step: int, text: str) -> None:
         """Log a text sample after `step` steps."""
         self._writer.write(step, records.KIND_SAMPLE, {"text": text})
-        self.note(f"sample after step {step}:\n{text}")
+        self._note_after(step, f"sample after step {step}:\n{text}")
 
     def note(self, text: str) -> None:
         """Show a message, if anyone watches."""
         self._console.note(text)
+
+    def _note_after(self, step: int, text: str) -> None:
+        """Show a message below the line of a step, which is read one step late."""
+        self._notes.append(text)
+        if step <= self._read_step:
+            self._show_notes()
+
+    def _show_notes(self) -> None:
+        for text in self._notes:
+            self.note(text)
+        self._notes.clear()
 
 
 def program_bytes(program: Any) -> int | None:

@@ -164,14 +164,22 @@ def test_without_a_fraction_nothing_is_held_apart(fresh: DataConfig) -> None:
     assert (result.train.documents, result.validation.documents) == (40, 0)
 
 
-def test_one_document_cannot_be_divided(fresh: DataConfig, tmp_path: pathlib.Path) -> None:
-    for name in ("a.txt", "twin.txt"):
-        (tmp_path / name).write_text("all there is")
+@pytest.mark.parametrize("copies", [1, 2])
+def test_of_a_single_document_the_end_is_held_apart(
+    fresh: DataConfig, tmp_path: pathlib.Path, copies: int
+) -> None:
+    text = "".join(f"line {number}\n" for number in range(100))
+    for number in range(copies):
+        (tmp_path / f"{number}.txt").write_text(text)
     alone = dataclasses.replace(fresh, source=f"files:{tmp_path}/*.txt")
-    with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 .*single.*split it in"):
-        prepare(alone)
-    assert visible(fresh) == []
-    assert prepare(dataclasses.replace(alone, validation_fraction=0.0)).train.documents == 2
+    result = prepare(alone)
+    assert result.train.documents == result.validation.documents == copies
+    cache = TokenCache(result.path)
+    head, tail = (documents_of(cache, name)[0] for name in SPLITS)
+    assert head + tail == text
+    assert head.endswith("\n")
+    assert len(tail) == pytest.approx(0.2 * len(text), abs=len("line 99\n"))
+    assert prepare(dataclasses.replace(alone, validation_fraction=0.0)).validation.documents == 0
 
 
 def test_a_corpus_without_text_is_refused(fresh: DataConfig, tmp_path: pathlib.Path) -> None:

@@ -188,6 +188,14 @@ def test_metrics_evaluation_sample_and_goodput_are_written(
     assert evaluations[-1][records.LOSS] == result.evaluation.loss
     samples = [x for x in lines if x[records.KIND] == records.KIND_SAMPLE]
     assert [x["text"].startswith("def ") for x in samples] == [True, True]
+    # What belongs to a step stands below its line, though the loop reads the line one step late.
+    shown = stream.getvalue()
+    places = [
+        shown.index(text)
+        for step in (4, STEPS)
+        for text in (f"step {step}/{STEPS}", f"after step {step}")
+    ]
+    assert places == sorted(places)
     goodput = read_goodput(tmp_path / records.GOODPUT_FILE)
     assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall_seconds, rel=0.01)
     assert goodput.seconds["step_seconds"] > 0
@@ -242,9 +250,11 @@ def test_interruptions_do_not_change_what_is_said_of_speed(
         speeds[name] = np.median([line[records.TOKENS_PER_SECOND] for line in lines])
         goodput = read_goodput(tmp_path / name / records.GOODPUT_FILE)
         seconds = sum(line[records.STEP_SECONDS] for line in lines)
-        assert goodput.seconds["step_seconds"] > 0.8 * seconds
+        # A step runs on while the loop waits for the next batch.
+        charged = goodput.seconds[records.STEP_SECONDS] + goodput.seconds[records.DATA_WAIT_SECONDS]
+        assert charged > 0.8 * seconds
     # Without waiting for the step in flight, the second would be some hundred times the first.
-    assert 0.4 < speeds["interrupted"] / speeds["plain"] < 2.5
+    assert 0.2 < speeds["interrupted"] / speeds["plain"] < 5
 
 
 def test_restore_from_goes_on_longer_and_init_only_checks(
