@@ -144,7 +144,7 @@ def test_setup_makes_keeps_and_repairs_its_environment(small_copy: pathlib.Path)
 
     start = time.perf_counter()
     assert setup() == []
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5
 
     kept = venv / "kept"
     kept.touch()

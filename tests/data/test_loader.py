@@ -221,7 +221,7 @@ def reading_threads() -> int:
 
 
 def assert_threads_end() -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while reading_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert reading_threads() == 0

@@ -48,9 +48,13 @@ def test_byte_tokenizer_is_a_file_that_the_library_loads(tmp_path: pathlib.Path)
 def test_byte_tokenizer_is_fast() -> None:
     text = "x = 1\n" * 200_000
     tokenizer = load_tokenizer("bytes")
-    start = time.perf_counter()
-    tokenizer.encode(text)
-    assert len(text) / (time.perf_counter() - start) > 5e6
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        tokenizer.encode(text)
+        seconds.append(time.perf_counter() - start)
+    # A loop in Python, or the library, would be slower by a factor of ten and more.
+    assert len(text) / min(seconds) > 5e6
 
 
 def test_decoding_never_fails() -> None:
