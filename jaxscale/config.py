@@ -28,7 +28,7 @@ def knob(
 
 DTYPES = ("float32", "bfloat16")
 # What a block computes, by the names that `model.remat_names` may list.
-ACTIVATIONS = (
+REMAT_NAMES = (
     "query",
     "key",
     "value",
@@ -331,11 +331,11 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
             f"model.num_kv_heads={model.num_kv_heads} does not divide "
             f"model.num_heads={model.num_heads}"
         )
-    unknown = [name for name in model.remat_names if name not in ACTIVATIONS]
+    unknown = [name for name in model.remat_names if name not in REMAT_NAMES]
     if unknown:
         raise ConfigError(
             f"model.remat_names names no activation {unknown[0]!r}; there are "
-            f"{', '.join(ACTIVATIONS)}"
+            f"{', '.join(REMAT_NAMES)}"
         )
     if 1 < model.scan_unroll < model.num_layers and model.remat != "full":
         raise ConfigError(
