@@ -9,7 +9,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -70,12 +69,7 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def save(self, step: int, *, params: Any, optimizer: Any, meta: Mapping[str, Any]) -> float:

@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(arguments)
         args.overrides = overrides
         if args.json:
-            _check_json(args.json)
+            # Before the work for it is done.
+            if os.path.isdir(args.json):
+                raise ConfigError(f"--json={args.json} is a folder; name a file in it")
+            records.check_writable(pathlib.Path(args.json).parent, f"--json={args.json}")
         if args.print_config:
             _print_config(args)
             return DONE
@@ -154,17 +157,6 @@ def _needed_config(args: argparse.Namespace) -> Config:
     if not args.config and workdir.previous_config(args.workdir) is None:
         raise ConfigError(f"--config is missing, and --workdir={args.workdir} holds no run yet")
     return _given_config(args) or workdir.read_config(args.workdir)
-
-
-def _check_json(path: str) -> None:
-    """Check that a result can be written, before the work for it is done."""
-    probe = pathlib.Path(f"{path}.write-test.{os.getpid()}")
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--json={path} cannot be written ({error.strerror})") from error
 
 
 def _needed_workdir(args: argparse.Namespace) -> str:
@@ -289,10 +281,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     print(f"bits per byte: {score.bits_per_byte:.3f} model")
     row = {records.STEP: result.step, **dataclasses.asdict(score)}
-    for name, bits in (("unigram", result.unigram), ("bigram", result.bigram)):
+    for name, field, bits in (
+        ("unigram", records.UNIGRAM_BITS_PER_BYTE, result.unigram),
+        ("bigram", records.BIGRAM_BITS_PER_BYTE, result.bigram),
+    ):
         if bits is not None:
             print(f"               {bits:.3f} {name}")
-            row[f"{name}_{records.BITS_PER_BYTE}"] = bits
+            row[field] = bits
     _write_result(args, trained.assembly.config, [row])
     return DONE
 

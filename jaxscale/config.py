@@ -122,7 +122,6 @@ class RulesConfig:
     width: str | None = knob(None, "features of the residual stream (activations)")
     heads: str | None = knob("tensor", "query heads")
     kv_heads: str | None = knob("tensor", "key/value heads")
-    head_dim: str | None = knob(None, "features per head")
     hidden: str | None = knob("tensor", "features inside the MLP")
     vocab: str | None = knob("tensor", "vocabulary of embedding and head")
     embed: str | None = knob("fsdp", "width dimension of parameters")

@@ -147,19 +147,13 @@ def _check_python() -> Row:
 
 def _check_packages() -> Iterator[Row]:
     """Compare what is installed with what jaxscale asks for, and with what JAX names as its own."""
-    found = ", ".join(f"{name} {version}" for name, version in _versions(runtime.PACKAGES))
+    found = ", ".join(
+        f"{name} {version}" for name, version in runtime.versions(runtime.PACKAGES).items()
+    )
     yield Row("packages", "ok", found)
     for package, extras in (("jaxscale", ("",)), ("jax", JAX_EXTRAS)):
         for requirement in _requirements(package, extras):
             yield from _check_requirement(package, requirement)
-
-
-def _versions(packages: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    for package in packages:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
 
 
 def _requirements(package: str, extras: tuple[str, ...]) -> list[Requirement]:
@@ -173,14 +167,14 @@ def _requirements(package: str, extras: tuple[str, ...]) -> list[Requirement]:
         marker = requirement.marker
         always = marker is None or marker.evaluate({"extra": ""})
         wanted = marker is None or any(marker.evaluate({"extra": extra}) for extra in extras)
-        if always or (wanted and dict(_versions((requirement.name,)))):
+        if always or (wanted and runtime.versions([requirement.name])):
             needed[requirement.name, str(requirement.specifier)] = requirement
     return list(needed.values())
 
 
 def _check_requirement(package: str, requirement: Requirement) -> Iterator[Row]:
     name, specifier = requirement.name, requirement.specifier
-    version = dict(_versions((name,))).get(name)
+    version = runtime.versions([name]).get(name)
     remedy = f"pip install '{name}{specifier}', or bash scripts/setup.sh"
     if version is None:
         yield Row(name, "failure", "not installed", remedy)

@@ -46,13 +46,6 @@ class Goodput:
             self._charge()
             self._open.pop()
 
-    def add(self, category: str, seconds: float) -> None:
-        """Move seconds that have just passed to a category, out of the measure that is open."""
-        self._charge()
-        moved = min(seconds, self._seconds[self._open[-1]])
-        self._seconds[self._open[-1]] -= moved
-        self._seconds[category] += moved
-
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each category so far; their sum is the age of the process."""
         self._charge()

@@ -10,8 +10,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +34,6 @@ class MetricsWriter:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(workdir), flush_secs=10)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """Append one line.
@@ -78,6 +66,11 @@ class MetricsWriter:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+def perplexity(loss: float) -> float:
+    """Return exp of a loss in nats per token; a loss beyond all floats counts as 700."""
+    return math.exp(min(loss, 700.0))
 
 
 def _plain(value: Any) -> Any:

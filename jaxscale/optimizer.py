@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxscale.config import OptimizerConfig
+from jaxscale.parallel.sharding import map_axes
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -26,11 +27,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
       config: the resolved optimizer section.
       axes: pytree of tuples of logical axes, one per parameter; weight decay reads it.
     """
-    decays = jax.tree.map(
-        lambda names: bool(MATRIX_AXES.intersection(names)),
-        axes,
-        is_leaf=lambda value: isinstance(value, tuple),
-    )
+    decays = map_axes(lambda names: bool(MATRIX_AXES.intersection(names)), axes)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
         clip,

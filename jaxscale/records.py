@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxscale.config import ConfigError
+
 FORMAT = 1
 
 # Files of a workdir.
@@ -98,6 +100,27 @@ def envelope(
         "environment": environment,
         "rows": [dict(row) for row in rows],
     }
+
+
+def check_writable(folder: pathlib.Path, setting: str) -> None:
+    """Make a folder if need be, and try to write in it.
+
+    Args:
+      folder: where files are to go.
+      setting: what named it, such as "--workdir=runs/tiny", for the message.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    probe = folder / f".write-test.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{setting} cannot be written ({error.strerror}); choose another folder"
+        ) from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -6,7 +6,6 @@ comes before anything compiles.
 
 import os
 import pathlib
-import re
 from typing import Any
 
 from jaxscale import config_source, records
@@ -36,24 +35,15 @@ def previous_config(workdir: str | os.PathLike[str]) -> Config | None:
 
 
 def check_writable(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """Create the folder if need be.
+    """Return the folder, made if need be.
 
     Raises:
       ConfigError: it cannot be written.
     """
-    # A Path has made one slash of two.
-    if re.match(r"\w+:/", str(workdir)):
+    if "://" in str(workdir):
         raise ConfigError(f"--workdir={workdir} is remote; take a local or a mounted folder")
     path = pathlib.Path(workdir)
-    probe = path / f".write-test.{os.getpid()}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
-        ) from error
+    records.check_writable(path, f"--workdir={workdir}")
     return path
 
 

@@ -277,4 +277,6 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(
     arguments = ["--workdir=x", "--config.train.steps=0", "--json=/proc/none/result.json"]
     assert main(["train", *TINY, *arguments]) == 2
     assert "--json=/proc/none/result.json cannot be written" in capsys.readouterr().err
+    assert main(["train", *TINY, *arguments, f"--json={ROOT}"]) == 2
+    assert f"--json={ROOT} is a folder" in capsys.readouterr().err
     assert compiled == []

@@ -75,19 +75,6 @@ def test_a_measure_ends_with_an_exception(tmp_path: pathlib.Path) -> None:
     assert ledger.seconds()[records.STEP_SECONDS] == at_the_end
 
 
-@pytest.mark.parametrize("seconds", [NAP, 1e6])
-def test_added_seconds_leave_the_open_measure(tmp_path: pathlib.Path, seconds: float) -> None:
-    ledger = Goodput(tmp_path, primary=True)
-    with ledger.measure(records.STEP_SECONDS):
-        time.sleep(2 * NAP)
-        start, before = time.monotonic(), total(ledger)
-        ledger.add(records.CHECKPOINT_SECONDS, seconds)
-        assert total(ledger) - before <= time.monotonic() - start
-    # More than has passed cannot be claimed.
-    assert NAP <= ledger.seconds()[records.CHECKPOINT_SECONDS] <= seconds
-    assert min(ledger.seconds().values()) >= 0
-
-
 def test_a_misspelt_category_is_refused(tmp_path: pathlib.Path) -> None:
     ledger = Goodput(tmp_path, primary=True)
     with pytest.raises(AssertionError, match="stepseconds"), ledger.measure("stepseconds"):

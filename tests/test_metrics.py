@@ -1,5 +1,6 @@
 """What a run writes about itself can be read back, and says where each figure comes from."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -34,7 +35,7 @@ def read_events(folder: pathlib.Path) -> dict[tuple[str, int], float]:
 
 
 def test_lines_and_events(tmp_path: pathlib.Path) -> None:
-    with MetricsWriter(tmp_path, primary=True) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, primary=True)) as writer:
         writer.write(3, records.KIND_TRAIN, {records.LOSS: 2.5, records.MFU: None})
         # Each line is there at once, for whoever follows the file.
         (line,) = records.read_lines(tmp_path / records.METRICS_FILE)
@@ -47,7 +48,7 @@ def test_lines_and_events(tmp_path: pathlib.Path) -> None:
 
 def test_arrays_of_one_element_are_numbers(tmp_path: pathlib.Path) -> None:
     values = {"a": jnp.float32(0.5), "b": np.int64(7), "c": np.float32("nan"), "d": jnp.bfloat16(2)}
-    with MetricsWriter(tmp_path, primary=True) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, primary=True)) as writer:
         writer.write(1, records.KIND_TRAIN, values)
     (line,) = records.read_lines(tmp_path / records.METRICS_FILE)
     assert (line["a"], line["b"], line["c"], line["d"]) == (0.5, 7, None, 2.0)
@@ -59,7 +60,7 @@ def test_nonfinite_numbers_are_valid_json_and_visible(tmp_path: pathlib.Path) ->
     def refuse(text: str) -> Any:
         raise AssertionError(f"{text} is not JSON")
 
-    with MetricsWriter(tmp_path, primary=True) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, primary=True)) as writer:
         writer.write(1, records.KIND_TRAIN, values)
         with pytest.raises(ValueError, match="not JSON compliant"):
             writer.write(2, records.KIND_TRAIN, {"nested": [math.nan]})
@@ -73,14 +74,14 @@ def test_nonfinite_numbers_are_valid_json_and_visible(tmp_path: pathlib.Path) ->
 def test_a_line_cut_short_costs_only_itself(tmp_path: pathlib.Path) -> None:
     path = tmp_path / records.METRICS_FILE
     path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')
-    with MetricsWriter(tmp_path, primary=True) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, primary=True)) as writer:
         writer.write(2, records.KIND_TRAIN, {})
         writer.write(3, records.KIND_TRAIN, {})
     assert [line["step"] for line in records.read_lines(path)] == [1, 2, 3]
 
 
 def test_only_the_primary_process_writes(tmp_path: pathlib.Path) -> None:
-    with MetricsWriter(tmp_path, primary=False) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, primary=False)) as writer:
         writer.write(1, records.KIND_TRAIN, {records.LOSS: 1.0})
     assert not list(tmp_path.iterdir())
 

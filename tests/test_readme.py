@@ -2,9 +2,11 @@
 
 Each block of commands runs as it stands, with a PATH that holds nothing but what a reader has: any
 other word is "command not found". `jaxscale` gets a few knobs more there, so that a training takes
-seconds. The two scripts are run by `test_scripts.py`.
+seconds. The two scripts are run by `test_scripts.py`; what pip would install is resolved
+and not fetched.
 """
 
+import json
 import os
 import pathlib
 import re
@@ -152,6 +154,24 @@ def test_wrong_commands_fail(run: Run, commands: str, code: int, complaint: str)
     result = run(commands)
     assert result.returncode == code, result.stdout
     assert complaint in result.stdout
+
+
+# What each extra is for: a package that it must bring.
+EXTRAS = {"cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", re.findall(r"'\.\[(\w+)\]'", README))
+def test_extras_can_be_installed(extra: str) -> None:
+    command = ["install", "--dry-run", "--quiet", "--ignore-installed", "--report=-"]
+    report = subprocess.run(
+        [sys.executable, "-m", "pip", *command, f"{ROOT}[{extra}]"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {item["metadata"]["name"] for item in json.loads(report.stdout)["install"]}
+    assert EXTRAS[extra] in found
 
 
 def test_it_is_short() -> None:

@@ -9,9 +9,8 @@ B rows of a batch, L tokens of a row.
 
 import contextlib
 import dataclasses
-import hashlib
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from typing import Any
 
 import grain
@@ -100,10 +99,10 @@ class Loader:
     """Batches of a token cache for one run.
 
     Attributes:
+      cache: The tokens.
       windows: The training windows.
       validation_windows: The windows held apart; none where the cache holds nothing apart.
       local_rows: Rows of each global batch that this process reads, rising.
-      fingerprint: Changes with the tokens.
     """
 
     def __init__(
@@ -127,8 +126,7 @@ class Loader:
         Raises:
           ConfigError: the training split is shorter than a window.
         """
-        self._data, self._sharding = data, sharding
-        self.fingerprint = cache.fingerprint
+        self.cache, self._data, self._sharding = cache, data, sharding
         self._shape = (global_batch_size, data.length)
         self.windows = Windows(cache.split(TRAIN), data.length, data.document_mask)
         self.validation_windows = Windows(cache.split(VALIDATION), data.length, data.document_mask)
@@ -142,11 +140,6 @@ class Loader:
         Closing the iterator, or dropping it, ends its threads.
         """
         return self._read_ahead(self._training_row, start=start_step, stop=sys.maxsize)
-
-    def rows(self, step: int) -> HostBatch:
-        """Return the whole global batch of a step, read on this host."""
-        everything = np.arange(self._shape[0])
-        return _HostBatches(self._training_row, everything, *self._shape)[step]
 
     def evaluation_batches(self, num_batches: int = 0) -> Generator[Batch]:
         """Yield the validation windows in order, each once; 0 batches are all of them.
@@ -211,15 +204,6 @@ class Loader:
             return jax.make_array_from_callback(self._shape, sharding, shard)
 
         return {name: place(array) for name, array in host_batch.items()}
-
-
-def batch_hash(batch: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 of a host batch: equal for equal bytes under equal names."""
-    digest = hashlib.sha256()
-    for name in sorted(batch):
-        array = np.ascontiguousarray(batch[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ documents alone. The verb `prepare` and `train` call this.
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.synchronize import Event
 
+from jaxscale import records
 from jaxscale.config import ConfigError, DataConfig
 from jaxscale.data import token_cache
 from jaxscale.data.sources import Source, open_source
@@ -93,7 +93,7 @@ def prepare(
     path = root / _folder_name(data, source, tokenizer)
     reused = path.exists() and not force
     if not reused:
-        _make_writable(root, data)
+        records.check_writable(root, f"data.cache_dir={data.cache_dir or root}")
         with token_cache.written_whole(path, replace=force) as folder:
             below = int(data.validation_fraction * HASH_LIMIT)
             work = Work(source, tokenizer, folder, validation_below=below)
@@ -124,18 +124,6 @@ def _cache_root(data: DataConfig) -> pathlib.Path:
 
         root = runtime.cache_root() / "tokens"
     return root
-
-
-def _make_writable(root: pathlib.Path, data: DataConfig) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not os.access(root, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ConfigError(
-            f"data.cache_dir={data.cache_dir!r}: {root} cannot be written ({error.strerror}); "
-            "set data.cache_dir to a folder of your own"
-        ) from error
 
 
 def _folder_name(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:

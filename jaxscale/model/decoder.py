@@ -19,7 +19,7 @@ from jaxscale.config import ModelConfig
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.cache import Cache
 from jaxscale.model.layers import MLP, Attention, Norm, gathered, looked_up, matrix
-from jaxscale.parallel.sharding import Axis, Rules, check_divides
+from jaxscale.parallel.sharding import Axis, Rules, check_divides, map_axes
 
 Params = dict[str, Any]
 
@@ -164,9 +164,7 @@ class Definition:
 
     def shardings(self, mesh: Mesh) -> Params:
         """Return the NamedSharding of every parameter on `mesh`."""
-        return jax.tree.map(
-            lambda axes: self.rules.sharding(mesh, *axes), self.axes, is_leaf=_is_axes
-        )
+        return map_axes(lambda axes: self.rules.sharding(mesh, *axes), self.axes)
 
     def abstract(self, mesh: Mesh) -> Params:
         """Return the parameters as ShapeDtypeStructs with their shardings on `mesh`."""
@@ -179,10 +177,6 @@ class Definition:
     def with_rules(self, rules: Rules) -> "Definition":
         """Return the same decoder under other sharding rules, such as those for a small batch."""
         return define(self.model, rules)
-
-
-def _is_axes(value: Any) -> bool:
-    return isinstance(value, tuple)
 
 
 def define(model: ModelConfig, rules: Rules) -> Definition:
@@ -207,7 +201,6 @@ def check_mesh(model: ModelConfig, rules: Rules, mesh: Mesh) -> None:
     sizes = {
         "heads": (model.num_heads, "model.num_heads"),
         "kv_heads": (model.num_kv_heads, "model.num_kv_heads"),
-        "head_dim": (model.head_dim, "model.head_dim"),
         "hidden": (model.hidden, "model.hidden"),
         "vocab": (model.vocab_size, "model.vocab_size"),
         "embed": (model.width, "model.width"),

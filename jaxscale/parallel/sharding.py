@@ -6,7 +6,7 @@ same model code runs on one device and under export.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxscale.config import ConfigError, RulesConfig
-from jaxscale.parallel.mesh import AXES
+from jaxscale.parallel.mesh import AXES, STAGE_AXIS
 
 Axis = str | None
+
+
+def map_axes(function: Callable[[tuple[Axis, ...]], Any], axes: Any) -> Any:
+    """Apply a function to each tuple of logical axes in a pytree of them."""
+    return jax.tree.map(function, axes, is_leaf=lambda value: isinstance(value, tuple))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Rules:
         Raises:
           ConfigError: a rule names an unknown mesh axis, or one twice.
         """
-        table = []
+        # A head is computed whole.
+        table: list[tuple[str, tuple[str, ...]]] = [("head_dim", ())]
         for field in dataclasses.fields(rules):
             value = getattr(rules, field.name)
             axes = tuple(part.strip() for part in value.split(",")) if value else ()
@@ -114,9 +120,7 @@ class Rules:
         sharded = self.spec(*logical)
         if sharded is None:
             return weight.astype(dtype)
-        whole = self.spec(*(None if name == "embed" else name for name in logical))
-        assert whole is not None
-        partial = frozenset(self.mesh_axes("batch") + self.mesh_axes("length"))
+        whole, partial = self._gathered(logical)
         return _gather(weight, whole, sharded, partial, (jnp.dtype(dtype), self.reduce_dtype))
 
     def lookup(
@@ -127,16 +131,20 @@ class Rules:
         The table travels in the compute dtype. Its gradient, a sum over all tokens of an id, is
         added up in float32, where a frequent token's many small terms are not rounded away.
         """
-        specs = (
-            self.spec(*(None if name == "embed" else name for name in logical)),
-            self.spec("batch", "length", "width"),
-            frozenset(self.mesh_axes("batch") + self.mesh_axes("length")),
-        )
+        specs = (*self._gathered(logical), self.spec("batch", "length", "width"))
         return _lookup(table, ids_BL, specs, jnp.dtype(dtype))
+
+    def _gathered(self, logical: tuple[Axis, ...]) -> tuple[Any, frozenset[str]]:
+        """Return a parameter's spec without its FSDP shards, and the axes that cut the tokens.
+
+        Over the latter each device's gradient is a partial sum.
+        """
+        whole = self.spec(*(None if name == "embed" else name for name in logical))
+        return whole, frozenset(self.mesh_axes("batch") + self.mesh_axes("length"))
 
 
 def _rows(table: jax.Array, ids_BL: jax.Array, specs: Any) -> jax.Array:
-    whole, rows, partial = specs
+    whole, partial, rows = specs
     if whole is not None:
         table = jax.reshard(table, PartitionSpec(*whole, reduced=set(partial)))
     found: jax.Array = table.at[ids_BL].get(out_sharding=rows)
@@ -207,11 +215,9 @@ def _check_together(table: Mapping[str, tuple[str, ...]]) -> None:
                     f"rules.{name} and rules.{other} both take mesh axis {min(shared)}; "
                     f"take it out of one of them"
                 )
-    for name, allowed in (("head_dim", ()), ("layers", (AXES[0],))):
-        wrong = [axis for axis in table[name] if axis not in allowed]
-        if wrong:
-            choice = " or ".join(map(repr, (*allowed, None)))
-            raise ConfigError(f"rules.{name}={','.join(table[name])} cannot work; set {choice}")
+    if not set(table["layers"]) <= {STAGE_AXIS}:
+        layers = ",".join(table["layers"])
+        raise ConfigError(f"rules.layers={layers} cannot work; set {STAGE_AXIS!r} or None")
 
 
 def check_divides(rules: Rules, mesh: Mesh, sizes: Mapping[str, tuple[int, str]]) -> None:

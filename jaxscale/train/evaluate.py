@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale.data.loader import Loader
+from jaxscale.metrics import perplexity
 from jaxscale.model.decoder import Params
 from jaxscale.train.state import Assembly, Batch
 from jaxscale.train.step import batch_loss, microbatches
@@ -83,7 +84,7 @@ def evaluate(
     loss = nats / max(tokens, 1.0)
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
+        perplexity=perplexity(loss),
         bits_per_byte=nats / math.log(2) / loader.validation_windows.text_bytes(windows),
         tokens=int(tokens),
         windows=windows,

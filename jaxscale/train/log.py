@@ -5,10 +5,8 @@ and stands in the goodput ledger.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 import jax
@@ -16,7 +14,7 @@ import jax
 from jaxscale import records, runtime
 from jaxscale.console import Console
 from jaxscale.goodput import Goodput
-from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops
+from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops, perplexity
 from jaxscale.model.cost import train_flops_per_token
 from jaxscale.optimizer import schedule_warning
 from jaxscale.train.evaluate import Evaluation
@@ -36,12 +34,12 @@ class StepLog:
           stream: where progress is shown; None shows nothing.
         """
         config = run.assembly.config
-        primary = runtime.is_primary()
+        primary, first_step = runtime.is_primary(), int(run.state.step)
         self.run, self.goodput = run, goodput
         self.loss: float | None = None
         self._console = Console(
             total_steps=config.train.steps,
-            first_step=int(run.state.step),
+            first_step=first_step,
             primary=primary and stream is not None,
             stream=stream,
         )
@@ -55,8 +53,8 @@ class StepLog:
         self._checkpoint_seconds: float | None = None
         # Notes that belong below the line of a step which is not logged yet.
         self._notes: list[str] = []
-        self._read_step = int(run.state.step)
-        self._mark(int(run.state.step))
+        self._read_step = first_step
+        self._mark(first_step)
 
     def __enter__(self) -> Self:
         self._console.__enter__()
@@ -69,16 +67,11 @@ class StepLog:
             self.note(warning)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._show_notes()
         self.goodput.write(self._marked_step)
         self._writer.close()
-        self._console.__exit__(kind, error, traceback)
+        self._console.__exit__()
 
     def _mark(self, step: int) -> None:
         """Begin a new interval of measurement before `step`."""
@@ -132,7 +125,7 @@ class StepLog:
         tokens_per_second = steps * self._tokens_per_step / seconds
         checkpoint, self._checkpoint_seconds = self._checkpoint_seconds, None
         return {
-            records.PERPLEXITY: math.exp(min(values[records.LOSS], 700.0)),
+            records.PERPLEXITY: perplexity(values[records.LOSS]),
             records.TOKENS: done * self._tokens_per_step,
             records.TOKENS_PER_SECOND: tokens_per_second,
             records.STEP_SECONDS: seconds / steps,

@@ -7,13 +7,12 @@ just given to the device; all that it reads is one step old.
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Generator as Generated
 from typing import Any, TextIO
 
 import jax
 
-from jaxscale import records, runtime
+from jaxscale import records, runtime, workdir
 from jaxscale.bundle.sampling import Sampling
 from jaxscale.config import Config
 from jaxscale.data.prepare import Progress
@@ -68,7 +67,7 @@ def train(
     Raises:
       ConfigError: a user's mistake, before anything compiles.
     """
-    folder = pathlib.Path(folder)
+    folder = workdir.check_writable(folder)
     goodput = Goodput(folder, primary=runtime.is_primary())
     with contextlib.ExitStack() as stack:
         with goodput.measure(records.INIT_SECONDS):
@@ -78,7 +77,7 @@ def train(
                 allow_config_change=allow_config_change,
                 progress=progress,
             )
-        stack.callback(run.checkpointer.close)
+        stack.enter_context(run.checkpointer)
         # Before the compile, which may take minutes: a request in the middle of it is kept.
         stop = stack.enter_context(StopRequest())
         with goodput.measure(records.COMPILE_SECONDS):

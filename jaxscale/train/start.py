@@ -5,6 +5,7 @@ workdir's newest checkpoint; `checkpoint.restore_from`; `checkpoint.init_from` (
 nothing.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -78,14 +79,13 @@ def open_run(
 
     Args:
       config: as the user gave it, not yet resolved.
-      folder: the workdir.
+      folder: the workdir, which can be written.
       allow_config_change: go on in a workdir whose config differs.
       progress: told of the documents prepared.
 
     Raises:
       ConfigError: a user's mistake, in one line.
     """
-    workdir.check_writable(folder)
     origin = _origin(config, folder)
     previous = workdir.read_config(origin) if origin else None
     config = fill(config, previous)
@@ -99,10 +99,13 @@ def open_run(
     check_samples(config)
     environment = runtime.describe()
     checkpointer = Checkpointer(folder, config.checkpoint)
-    state, words = first_state(assembly, checkpointer)
-    # Last, so that a run that could not start leaves the workdir as it was.
-    if runtime.is_primary():
-        workdir.write_config(folder, config, environment)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(checkpointer)
+        state, words = first_state(assembly, checkpointer)
+        # Last, so that a run that could not start leaves the workdir as it was.
+        if runtime.is_primary():
+            workdir.write_config(folder, config, environment)
+        undo.pop_all()
     return Run(assembly, folder, tokenizer, loader, checkpointer, state, words, environment)
 
 
@@ -128,7 +131,7 @@ def _check_same_data(origin: str, config: Config, tokenizer: Tokenizer, loader: 
             f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the run in {origin} "
             "began with; restore it, or --allow-config-change to go on all the same"
         )
-    if meta["data"] != loader.fingerprint:
+    if meta["data"] != loader.cache.fingerprint:
         raise ConfigError(
             f"data.source={config.data.source} has changed since the run in {origin} began; "
             "restore it, or --allow-config-change to go on all the same"
@@ -204,7 +207,7 @@ def save_state(run: Run, state: TrainState, step: int) -> float:
         "mesh": dict(run.assembly.mesh.shape),
         "environment": run.environment,
         "tokenizer": run.tokenizer.fingerprint,
-        "data": run.loader.fingerprint,
+        "data": run.loader.cache.fingerprint,
     }
     return run.checkpointer.save(
         step, params=state.params, optimizer=optimizer_item(state), meta=meta

@@ -17,7 +17,7 @@ from jaxscale.config import Config, ConfigError
 from jaxscale.model.decoder import Definition, Params, check_mesh, define
 from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
 from jaxscale.parallel.mesh import STAGE_AXIS, make_mesh
-from jaxscale.parallel.sharding import Rules, check_divides
+from jaxscale.parallel.sharding import Rules, check_divides, map_axes
 
 BATCH_DTYPES = {
     "tokens": jnp.int32,
@@ -98,10 +98,9 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
 
 def optimizer_axes(definition: Definition) -> Any:
     """Return each parameter's logical axes as its optimizer state has them (ZeRO)."""
-    return jax.tree.map(
+    return map_axes(
         lambda names: tuple("optimizer_embed" if name == "embed" else name for name in names),
         definition.axes,
-        is_leaf=lambda value: isinstance(value, tuple),
     )
 
 
@@ -140,13 +139,17 @@ def abstract_batch(assembly: Assembly) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def init_params(assembly: Assembly) -> Params:
-    """Draw the parameters, each device only its own shards; the same values on every mesh."""
+def jit_init_params(assembly: Assembly) -> Any:
+    """Return the jitted `key -> params`; each device draws only its own shards."""
     # Outside the mesh: there the output shardings reach back into the random bits, whereas under an
     # explicit mesh every array would be drawn whole on each device before it is cut.
     shardings = assembly.definition.shardings(assembly.mesh)
-    make = jax.jit(assembly.definition.init, out_shardings=shardings)
-    return make(jax.random.key(assembly.config.train.seed))
+    return jax.jit(assembly.definition.init, out_shardings=shardings)
+
+
+def init_params(assembly: Assembly) -> Params:
+    """Draw the parameters, sharded from birth; the same values on every mesh."""
+    return jit_init_params(assembly)(jax.random.key(assembly.config.train.seed))
 
 
 def init_state(assembly: Assembly, params: Params | None = None) -> TrainState:

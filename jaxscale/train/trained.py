@@ -11,15 +11,13 @@ from jaxscale import workdir
 from jaxscale.bundle.sampling import Sampling
 from jaxscale.checkpoint import Checkpointer
 from jaxscale.config import Config, ConfigError, MeshConfig, resolve
-from jaxscale.data.loader import Loader
 from jaxscale.data.ngram import ngram_bits_per_byte
-from jaxscale.data.prepare import prepare
-from jaxscale.data.token_cache import TokenCache
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
 from jaxscale.inference import Generator
 from jaxscale.model.decoder import Params
 from jaxscale.parallel.mesh import AXES, axis_sizes
 from jaxscale.train.evaluate import Evaluation, evaluate
+from jaxscale.train.start import open_data
 from jaxscale.train.state import Assembly, assemble
 
 
@@ -113,19 +111,12 @@ def evaluate_trained(
       ConfigError: nothing is held apart (data.validation_fraction).
     """
     config = trained.assembly.config
-    cache = TokenCache(prepare(config.data).path)
-    loader = Loader(
-        cache,
-        config.data,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.train.seed,
-        sharding=trained.assembly.batch_sharding,
-    )
+    _, loader = open_data(trained.assembly)
     evaluation = evaluate(trained.assembly, trained.params, loader, num_batches=num_batches)
     scores: list[float | None] = [None, None]
     if baselines:
         scores = [
-            ngram_bits_per_byte(cache, config.data, order, num_windows=evaluation.windows)
+            ngram_bits_per_byte(loader.cache, config.data, order, num_windows=evaluation.windows)
             for order in (1, 2)
         ]
     return Comparison(trained.step, evaluation, scores[0], scores[1])

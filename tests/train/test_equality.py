@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxscale import records
-from jaxscale.train.state import Assembly, init_state
+from jaxscale.train.state import Assembly, init_state, jit_init_params
 from jaxscale.train.step import compile_step, loss_and_gradients
 from tests.programs import (
     GRADIENT_TOLERANCE_F32,
@@ -212,8 +212,6 @@ def test_initial_parameters_are_the_same_on_every_mesh_and_born_sharded(
 
 def test_no_device_makes_the_whole_model_on_the_way(devices: list[jax.Device]) -> None:
     assembly = assemble_tiny(mesh={"fsdp": 8}, model={"width": 256, "hidden": 1024})
-    definition = assembly.definition
-    total = sum(4 * leaf.size for leaf in jax.tree.leaves(definition.shapes))
-    make = jax.jit(definition.init, out_shardings=definition.shardings(assembly.mesh))
-    memory = make.lower(jax.random.key(0)).compile().memory_analysis()
+    total = sum(4 * leaf.size for leaf in jax.tree.leaves(assembly.definition.shapes))
+    memory = jit_init_params(assembly).lower(jax.random.key(0)).compile().memory_analysis()
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < total / 2
