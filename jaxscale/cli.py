@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser = make_parser()
     try:
         arguments, overrides = split_overrides(arguments)
         args = parser.parse_args(arguments)
@@ -85,7 +85,8 @@ def _at_least(minimum: int) -> Any:
     return number
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of every verb and its options, but for the knobs."""
     parser = Parser(prog="jaxscale", description="Scale a transformer in JAX, from laptop to pod.")
     verbs: Any = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     common = argparse.ArgumentParser(add_help=False)

@@ -159,7 +159,7 @@ def cli_page() -> str:
 
 def verb_parsers() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of each verb."""
-    for action in cli._parser()._actions:
+    for action in cli.make_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
     raise AssertionError("the command line has no verbs")

@@ -89,7 +89,7 @@ def read_run(workdir: pathlib.Path) -> Picture:
             for line in lines
             if line[records.KIND] == records.KIND_TRAIN and line[records.LOSS] is not None
         ],
-        # During the run a part of the documents was scored, and after its end all of them.
+        # A score of the last step is replaced by that of evaluate.json, which may cover more.
         validation=[
             Point(line[records.STEP], line[records.BITS_PER_BYTE])
             for line in [*evaluations, final]

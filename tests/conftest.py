@@ -13,8 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
 
 os.environ.update(
-    # Test programs run for milliseconds: compile them quickly rather than well (a third of the
-    # time).
+    # Test programs run for milliseconds: compile them quickly rather than well.
     XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     # An installed libtpu or CUDA plugin would be probed first.
     JAX_PLATFORMS="cpu",
