@@ -1,5 +1,7 @@
 """Rotary positions, norms and what the decoder's structure promises."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 from jaxscale.config import ModelConfig, RulesConfig
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.decoder import define
-from jaxscale.model.layers import Norm, rotary
+from jaxscale.model.layers import MLP, Norm, rotary
 from jaxscale.parallel.sharding import Rules
 from tests.programs import tiny_config
 
@@ -97,3 +99,20 @@ def test_parameters_are_a_plain_dict_with_logical_axes() -> None:
     params = definition.init(jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, definition.shapes)
     assert not any(isinstance(leaf, nnx.Variable) for leaf in jax.tree.leaves(params))
+
+
+def test_a_bias_gradient_is_summed_in_float32() -> None:
+    model = ModelConfig(width=8, hidden=16, biases="all")
+    graphdef, state = nnx.split(MLP(model, Rules.make(RulesConfig()), nnx.Rngs(params=0)))
+    x = jnp.zeros((4, 256, 8), jnp.bfloat16)
+    direction = jnp.asarray(np.random.default_rng(0).normal(1.0, 1.0, x.shape), x.dtype)
+
+    @jax.jit
+    @jax.grad
+    def gradients(params: Any) -> jax.Array:
+        return jnp.sum(nnx.merge(graphdef, params)(x) * direction, dtype=jnp.float32)
+
+    found = gradients(nnx.to_pure_dict(state))["down_bias"]
+    # In bfloat16, 1,024 terms of one sign would lose about a hundredth of their sum.
+    exact = np.asarray(direction, np.float64).sum((0, 1))
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
