@@ -6,6 +6,7 @@ after a clean save (run the same command again), 130 interrupted. Heavy imports 
 
 import argparse
 import dataclasses
+import io
 import os
 import pathlib
 import sys
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot show must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         arguments, overrides = split_overrides(arguments)
         args = parser.parse_args(arguments)
@@ -47,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"jaxscale: {error}", file=sys.stderr)
         return WRONG
+    except BrokenPipeError:
+        # Python would complain once more when it closes what nobody reads.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         print("jaxscale: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -149,6 +158,11 @@ def _given_config(args: argparse.Namespace) -> Config | None:
     return config
 
 
+def _gives_mesh(args: argparse.Namespace) -> bool:
+    """Tell whether the user chose the mesh, which then must fit."""
+    return bool(args.config) or any(key.startswith("mesh.") for key, _ in args.overrides)
+
+
 def _needed_config(args: argparse.Namespace) -> Config:
     """Return the given config, else that of the run in the workdir."""
     from jaxscale import workdir
@@ -169,7 +183,13 @@ def _needed_workdir(args: argparse.Namespace) -> str:
 def _print_config(args: argparse.Namespace) -> None:
     import json
 
-    config = resolve(_needed_config(args))
+    config = _needed_config(args)
+    if args.workdir:
+        from jaxscale.train.start import resolve_for
+
+        config = resolve_for(config, args.workdir).config
+    else:
+        config = resolve(config)
     print(json.dumps(config_source.to_mapping(config), indent=2))
 
 
@@ -270,9 +290,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     runtime.start((config or workdir.read_config(folder)).runtime, devices=args.devices)
     from jaxscale.train.trained import evaluate_trained, open_trained
 
-    trained = open_trained(folder, config, step=args.step)
+    trained = open_trained(folder, config, step=args.step, other_mesh=not _gives_mesh(args))
     _show_notes(trained.notes)
     result = evaluate_trained(trained, num_batches=args.batches, baselines=args.baselines)
+    if not result.same_data:
+        _show_notes([f"{folder} was trained on other data than what is scored here"])
     if not runtime.is_primary():
         return DONE
     score = result.evaluation
@@ -299,6 +321,9 @@ def _generate(args: argparse.Namespace) -> int:
     folder = _needed_workdir(args)
     from jaxscale.bundle.sampling import Sampling
 
+    for prompt in args.prompt:
+        if prompt.encode(errors="replace").decode() != prompt:
+            raise ConfigError(f"--prompt={prompt!r} is not UTF-8 text")
     sampling = Sampling(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -310,7 +335,7 @@ def _generate(args: argparse.Namespace) -> int:
     runtime.start((config or workdir.read_config(folder)).runtime, devices=args.devices)
     from jaxscale.train.trained import generate_text, open_trained
 
-    trained = open_trained(folder, config, step=args.step)
+    trained = open_trained(folder, config, step=args.step, other_mesh=not _gives_mesh(args))
     _show_notes(trained.notes)
     texts = generate_text(trained, args.prompt, sampling)
     if not runtime.is_primary():

@@ -27,6 +27,8 @@ def knob(
 
 
 DTYPES = ("float32", "bfloat16")
+# A random key takes the last 32 bits of a seed.
+MAX_SEED = 2**32 - 1
 # What a block computes, by the names that `model.remat_names` may list.
 REMAT_NAMES = (
     "query",
@@ -83,7 +85,11 @@ class ModelConfig:
     compute_dtype: str = knob(
         "bfloat16", "dtype of activations and gathered weights", choices=DTYPES
     )
-    param_dtype: str = knob("float32", "dtype of stored parameters", choices=DTYPES)
+    param_dtype: str = knob(
+        "float32",
+        "dtype of stored parameters; bfloat16 loses updates below 1/256 of a weight",
+        choices=DTYPES,
+    )
     remat: str = knob(
         "full",
         "activations kept for the backward pass: all, block inputs, matmul outputs, or remat_names",
@@ -162,7 +168,9 @@ class TrainConfig:
         minimum=-1,
         free=True,
     )
-    gradient_reduce_dtype: str = knob("float32", "dtype gradients are summed in", choices=DTYPES)
+    gradient_reduce_dtype: str = knob(
+        "float32", "dtype in which devices sum the gradients of matrices", choices=DTYPES
+    )
     stop_after_nonfinite: int = knob(
         10, "end the run after so many skipped steps in a row", minimum=1, free=True
     )
@@ -290,7 +298,7 @@ def fill(config: Config, previous: Config | None = None) -> Config:
         train,
         loss_chunk_tokens=(2048 if model.vocab_size >= 128_000 else 0) if chunk < 0 else chunk,
     )
-    spanned = previous.optimizer.schedule_steps if previous else train.steps
+    spanned = (previous and previous.optimizer.schedule_steps) or train.steps
     optimizer = dataclasses.replace(
         config.optimizer, schedule_steps=config.optimizer.schedule_steps or spanned
     )
@@ -298,8 +306,7 @@ def fill(config: Config, previous: Config | None = None) -> Config:
 
 
 def validate(config: Config) -> None:
-    """Raise ConfigError for the first knob that is out of its limits or at odds with another."""
-    _check_limits_of_all(config)
+    """Raise ConfigError for the first knob of a filled-in config that is at odds with another."""
     _check_model(config.model, config.data)
     _check_loop(config)
     _check_mesh(config.mesh)
@@ -357,6 +364,11 @@ def _check_loop(config: Config) -> None:
     for name in ("beta1", "beta2"):
         if not getattr(optimizer, name) < 1:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} is not in [0, 1)")
+    # A gradient of 0 divided by a root of 0 would be no number.
+    if not optimizer.epsilon > 0:
+        raise ConfigError(f"optimizer.epsilon={optimizer.epsilon} is not above 0, like 1e-8")
+    if train.seed > MAX_SEED:
+        raise ConfigError(f"train.seed={train.seed} is too large; the most is {MAX_SEED}")
     if train.global_batch_size % train.accumulation_steps:
         raise ConfigError(
             f"train.accumulation_steps={train.accumulation_steps} does not divide "

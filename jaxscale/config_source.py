@@ -107,6 +107,12 @@ def changes(old: Config, new: Config, *, only_fixed: bool = False) -> list[Chang
     return found
 
 
+def model_changes(old: Config, new: Config) -> str:
+    """Return how the model differs where parameters of one config are read by another, in words."""
+    found = [change for change in changes(old, new) if change.key.startswith("model.")]
+    return f", though with {'; '.join(map(str, found))}" if found else ""
+
+
 def _replace(config: Config, key: str, value: Any) -> Config:
     kind = _knob_type(key)
     section, name = key.split(".")

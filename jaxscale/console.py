@@ -93,8 +93,12 @@ class Console:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self._primary:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+            try:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+            except BrokenPipeError:
+                # Nobody reads any more, as behind `| head`; the run itself goes on.
+                self._primary = False
 
 
 @contextlib.contextmanager

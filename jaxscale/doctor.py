@@ -266,8 +266,10 @@ def _check_host() -> Row:
 
 def _check_folder(name: str, folder: str) -> Row:
     """Write a file where the folder is or would be made, and take it away again."""
-    if "://" in folder:
+    if "://" in folder and name == "compile cache":
         return Row(name, "ok", f"{folder} (remote: not tried)")
+    if "://" in folder:
+        return Row(name, "failure", f"{folder} is remote", "take a local or a mounted folder")
     path = pathlib.Path(folder).expanduser().absolute()
     parent = next(place for place in (path, *path.parents) if place.exists())
     try:

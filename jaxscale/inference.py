@@ -27,7 +27,7 @@ SMALLEST_BUCKET = 32
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class Decoding:
     """Where a batch of sequences stands while it is decoded.
 
     Attributes:
@@ -63,6 +63,9 @@ class Generator:
     ) -> list[list[int]]:
         """Return the new tokens of each prompt, up to and without the end-of-text token.
 
+        The number of a prompt in the batch is that of its request: it decides, with the seed, what
+        is drawn for it.
+
         Raises:
           ConfigError: an empty prompt, or one that leaves a learned-position model no room.
         """
@@ -82,10 +85,10 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens_BL[row, : len(prompt)] = prompt
         with jax.set_mesh(self.mesh):
-            progress = self._prefill(params, tokens_BL, np.asarray(lengths), slots, sampling)
-            chosen = [np.asarray(progress.tokens_B)[None]]
+            decoding = self._prefill(params, tokens_BL, np.asarray(lengths), slots, sampling)
+            chosen = [np.asarray(decoding.tokens_B)[None]]
             while sum(map(len, chosen)) < sampling.max_tokens and not self._all_ended(chosen):
-                progress, tokens_TB = self._decode(params, progress, sampling)
+                decoding, tokens_TB = self._decode(params, decoding, sampling)
                 chosen.append(np.asarray(tokens_TB))
         new_BT = np.concatenate(chosen).T[:, : sampling.max_tokens]
         return [self._until_end(row) for row in new_BT.tolist()]
@@ -98,7 +101,7 @@ class Generator:
 
     def _prefill_program(
         self, params: Params, tokens_BL: Any, lengths_B: Any, slots: int, sampling: Sampling
-    ) -> Progress:
+    ) -> Decoding:
         definition = self.definition
         B, L = tokens_BL.shape
         decoder = definition.bind(params)
@@ -109,22 +112,22 @@ class Generator:
         last_BL1 = (positions_BL == lengths_B[:, None] - 1)[:, :, None]
         x_B1D = jnp.sum(jnp.where(last_BL1, x_BLD, 0), axis=1, keepdims=True)
         lengths_B = jnp.asarray(lengths_B, jnp.int32)
-        return Progress(self._choose(decoder, x_B1D, lengths_B, sampling), lengths_B, cache)
+        return Decoding(self._choose(decoder, x_B1D, lengths_B, sampling), lengths_B, cache)
 
     def _decode_program(
-        self, params: Params, progress: Progress, sampling: Sampling
-    ) -> tuple[Progress, jax.Array]:
+        self, params: Params, decoding: Decoding, sampling: Sampling
+    ) -> tuple[Decoding, jax.Array]:
         decoder = self.definition.bind(params)
 
-        def step(progress: Progress, _: None) -> tuple[Progress, jax.Array]:
-            positions_B1 = progress.positions_B[:, None]
-            x_B1D, cache = decoder(progress.tokens_B[:, None], Span(positions_B1), progress.cache)
+        def step(decoding: Decoding, _: None) -> tuple[Decoding, jax.Array]:
+            positions_B1 = decoding.positions_B[:, None]
+            x_B1D, cache = decoder(decoding.tokens_B[:, None], Span(positions_B1), decoding.cache)
             assert cache is not None
-            positions_B = progress.positions_B + 1
+            positions_B = decoding.positions_B + 1
             tokens_B = self._choose(decoder, x_B1D, positions_B, sampling)
-            return Progress(tokens_B, positions_B, cache), tokens_B
+            return Decoding(tokens_B, positions_B, cache), tokens_B
 
-        return jax.lax.scan(step, progress, length=STEPS_PER_DISPATCH)
+        return jax.lax.scan(step, decoding, length=STEPS_PER_DISPATCH)
 
     def _choose(
         self, decoder: Any, x_B1D: jax.Array, positions_B: jax.Array, sampling: Sampling

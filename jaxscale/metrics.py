@@ -41,21 +41,14 @@ class MetricsWriter:
         Args:
           step: the step that the values belong to; in a resumed run the last line of a step counts.
           kind: one of the KIND_ names of records.py.
-          values: metric name to number, text, list or None. JSON has no NaN and no infinity: such a
-            number becomes null, and its name and text go under `nonfinite`.
+          values: metric name to number, text, list or None; `records.to_json` says what becomes of
+            NaN and infinity.
         """
         if self._events is None:
             return
-        plain = {name: _plain(value) for name, value in values.items()}
-        nonfinite = {name: str(value) for name, value in plain.items() if not _is_valid(value)}
-        line = {
-            records.STEP: step,
-            records.KIND: kind,
-            records.TIME: records.now(),
-            **{name: None if name in nonfinite else value for name, value in plain.items()},
-        }
-        if nonfinite:
-            line[records.NONFINITE] = nonfinite
+        line = records.to_json(
+            {records.STEP: step, records.KIND: kind, records.TIME: records.now(), **values}
+        )
         records.append_line(self._path, line)
         for name, value in line.items():
             if name != records.STEP and isinstance(value, int | float):
@@ -71,15 +64,6 @@ class MetricsWriter:
 def perplexity(loss: float) -> float:
     """Return exp of a loss in nats per token; a loss beyond all floats counts as 700."""
     return math.exp(min(loss, 700.0))
-
-
-def _plain(value: Any) -> Any:
-    """Turn an array of one element into a Python number."""
-    return value.item() if hasattr(value, "item") else value
-
-
-def _is_valid(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 class SystemMonitor:

@@ -6,6 +6,7 @@ Every name carries its unit. Verbs write these and reports read them, so the nam
 import dataclasses
 import datetime
 import json
+import math
 import os
 import pathlib
 import sys
@@ -128,7 +129,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=2, default=_plain) + "\n")
+    partial.write_text(json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
     os.replace(partial, target)
 
 
@@ -155,15 +156,34 @@ def append_line(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             whole = file.read(1) == b"\n"
             file.write(b"" if whole else b"\n")
-        file.write(json.dumps(row, allow_nan=False, default=_plain).encode() + b"\n")
+        file.write(json.dumps(to_json(row), allow_nan=False).encode() + b"\n")
 
 
-def _plain(value: Any) -> Any:
-    """Turn what JSON does not know into what it does."""
+def to_json(value: Any) -> Any:
+    """Return a value with nothing in it that JSON does not know.
+
+    A number that is not finite becomes null; its name and text go under `nonfinite` beside it.
+
+    Raises:
+      TypeError: a value has no JSON form.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if hasattr(value, "item"):
-        return value.item()
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        plain = {str(name): to_json(item) for name, item in value.items()}
+        bad = {name: str(item) for name, item in plain.items() if _is_nonfinite(item)}
+        kept = {name: None if name in bad else item for name, item in plain.items()}
+        return {**kept, NONFINITE: bad} if bad else kept
+    if isinstance(value, list | tuple):
+        return [None if _is_nonfinite(item) else item for item in map(to_json, value)]
+    if value is None or isinstance(value, str | int | float):
+        return value
     if isinstance(value, pathlib.Path):
         return str(value)
+    if hasattr(value, "item"):
+        return value.item()
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _is_nonfinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

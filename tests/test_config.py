@@ -87,6 +87,8 @@ WRONG = {
         model=ModelConfig(remat="names", remat_names=("queries",))
     ),
     "model.scan_unroll=3 unrolls in parts": Config(model=ModelConfig(remat="none", scan_unroll=3)),
+    "optimizer.epsilon=0.0 is not above 0": Config(optimizer=OptimizerConfig(epsilon=0.0)),
+    "train.seed=4294967296 is too large": Config(train=TrainConfig(seed=2**32)),
     "optimizer.beta2=1.0 is not in [0, 1)": Config(optimizer=OptimizerConfig(beta2=1.0)),
 }
 

@@ -103,12 +103,14 @@ def test_every_mesh_generates_the_same_tokens(sampling: Sampling) -> None:
         assert made.generate(params, PROMPTS, sampling) == expected
 
 
-def test_a_request_generates_alike_alone_and_in_a_batch() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_generates_alike_whatever_is_beside_it(temperature: float) -> None:
     made, params = generator()
-    sampling = Sampling(temperature=0, max_tokens=8)
+    sampling = Sampling(temperature=temperature, max_tokens=8)
     together = made.generate(params, PROMPTS, sampling)
-    alone = [made.generate(params, [prompt], sampling)[0] for prompt in PROMPTS]
-    assert alone == together
+    for number in range(len(PROMPTS)):
+        others = [[9] * (1 + 7 * number)] * number
+        assert made.generate(params, [*others, PROMPTS[number]], sampling)[-1] == together[number]
 
 
 def test_what_cannot_be_generated_is_named() -> None:

@@ -1,7 +1,7 @@
 """From logits to the next token: temperature, top-k, top-p, one key per request and position.
 
-The key depends on seed, request and position alone, so that a request's tokens do not depend on
-what else is in its batch.
+The key depends on seed, request and position alone, so that the tokens of a request do not depend
+on what the other requests of its batch are.
 """
 
 # B batch, V vocab
@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxscale.config import ConfigError
+from jaxscale.config import MAX_SEED, ConfigError
 
 NEVER = -1e30
 
@@ -46,6 +46,8 @@ class Sampling:
             raise ConfigError(f"top_p={self.top_p} is not in (0, 1]")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens} is less than 1")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed={self.seed} is not in [0, {MAX_SEED}]")
 
 
 def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:

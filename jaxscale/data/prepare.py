@@ -145,7 +145,7 @@ class Work:
     Attributes:
       folder: Where their files go.
       validation_below: Documents whose hash is less are held apart.
-      validation_tail: Share at the end of each other document that is held apart.
+      validation_tail: Instead, such a share at the end of every document is; 0 is off.
     """
 
     source: Source
@@ -161,17 +161,14 @@ class DoneShard:
 
     splits: dict[str, Shard]
     num_skipped: int
-    hashes: tuple[int, ...]
 
 
 def _write_cache(data: DataConfig, work: Work, *, workers: int, progress: Progress | None) -> None:
     done = _write_shards(data, work, workers=workers, progress=progress)
-    hashes = {value for shard in done for value in shard.hashes}
-    adjusted = _hold_apart(data, work, hashes)
-    if adjusted != work:
-        work = adjusted
+    if not _is_divided(data, done):
         shutil.rmtree(work.folder)
         work.folder.mkdir()
+        work = dataclasses.replace(work, validation_tail=data.validation_fraction)
         done = _write_shards(data, work, workers=workers, progress=progress)
     token_cache.write_index(
         work.folder,
@@ -191,23 +188,22 @@ def _write_cache(data: DataConfig, work: Work, *, workers: int, progress: Progre
     )
 
 
-def _hold_apart(data: DataConfig, work: Work, hashes: set[int]) -> Work:
-    """Change, where it must be, what is held apart, so that no split stays empty."""
-    if not hashes:
+def _is_divided(data: DataConfig, done: Sequence[DoneShard]) -> bool:
+    """Tell whether about the share of text that was asked for is held apart.
+
+    Whole documents, chosen by their hashes, come close to it unless they are few or some are large.
+    """
+    held, kept = (
+        sum(shard.splits[name].text_bytes for shard in done if name in shard.splits)
+        for name in (VALIDATION, TRAIN)
+    )
+    if not held + kept:
         raise ConfigError(
             f"data.source={data.source!r} holds no UTF-8 text; name other files, "
             "or use data.source=python_stdlib"
         )
-    if not data.validation_fraction:
-        return work
-    lowest, highest = min(hashes), max(hashes)
-    if lowest == highest:
-        # A single document, or copies of one.
-        return dataclasses.replace(
-            work, validation_below=0, validation_tail=data.validation_fraction
-        )
-    limit = min(max(work.validation_below, lowest + 1), highest)
-    return dataclasses.replace(work, validation_below=limit)
+    share, wanted = held / (held + kept), data.validation_fraction
+    return wanted / 2 <= share <= 2 * wanted and (1 - wanted) / 2 <= 1 - share
 
 
 def _write_shards(
@@ -253,42 +249,35 @@ def write_shard(
         )
         for name in token_cache.SPLITS
     }
-    hashes, num_skipped = [], 0
+    num_skipped = 0
     for index in documents:
         if stop is not None and stop.is_set():
             break
         document = work.source[index]
-        text = document.text if document is not None else ""
-        ids = work.tokenizer.encode(text)
-        if not len(ids):
-            num_skipped += 1
-            continue
-        # By content, so that copies of a document are never on both sides.
-        hashes.append(_hash(text))
-        if work.validation_tail:
-            for name, part in _divide(text, work.validation_tail).items():
-                writers[name].add(work.tokenizer.encode(part), text_bytes=len(part.encode()))
-        else:
-            name = VALIDATION if hashes[-1] < work.validation_below else TRAIN
-            writers[name].add(ids, text_bytes=len(text.encode()))
+        parts = _divide(document.text, work) if document is not None else {}
+        tokens = {name: work.tokenizer.encode(part) for name, part in parts.items()}
+        num_skipped += not any(map(len, tokens.values()))
+        for name, ids in tokens.items():
+            if len(ids):
+                writers[name].add(ids, text_bytes=len(parts[name].encode()))
     shards = {name: writer.close() for name, writer in writers.items()}
     return DoneShard(
         splits={name: shard for name, shard in shards.items() if shard is not None},
         num_skipped=num_skipped,
-        hashes=(min(hashes), max(hashes)) if hashes else (),
     )
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _divide(text: str, tail: float) -> dict[str, str]:
-    """Cut a text at a line's end, so that about a share of it is the validation part."""
-    around = int(len(text) * (1 - tail))
+def _divide(text: str, work: Work) -> dict[str, str]:
+    """Return which part of a document goes to which split: all of it, or the end apart."""
+    if not work.validation_tail:
+        # By content, so that copies of a document are never on both sides.
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        is_held = int.from_bytes(digest, "big") < work.validation_below
+        return {VALIDATION if is_held else TRAIN: text}
+    around = min(max(int(len(text) * (1 - work.validation_tail)), 1), len(text) - 1)
+    # At a line's end, where there is one.
     cut = text.rfind("\n", 0, around) + 1 or around
-    parts = {TRAIN: text[:cut], VALIDATION: text[cut:]}
-    return {name: part for name, part in parts.items() if part}
+    return {TRAIN: text[:cut], VALIDATION: text[cut:]}
 
 
 def _run_in_line(work: Work, ranges: Sequence[range]) -> Generator[tuple[int, DoneShard]]:

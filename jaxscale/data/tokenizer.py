@@ -78,6 +78,11 @@ class Tokenizer:
         """Return the text of ids: broken UTF-8 as U+FFFD, special and unknown ids as nothing."""
         return str(self._library.decode([int(i) for i in ids], skip_special_tokens=True))
 
+    def continuation(self, ids: Sequence[int] | np.ndarray, more: Sequence[int]) -> str:
+        """Return the text that `more` adds to the text of `ids`, with the space between them."""
+        before = self.decode(ids)
+        return self.decode([*ids, *more]).removeprefix(before)
+
     def to_json(self) -> str:
         """Return the text of a tokenizer.json file."""
         return self._text

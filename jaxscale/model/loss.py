@@ -57,7 +57,7 @@ def loss_sum(
     def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + jax.checkpoint(of_chunk, prevent_cse=False)(*chunk), None
 
-    chunks = tuple(_split(a, count, decoder.rules) for a in (x_BLD, targets_BL, weights_BL))
+    chunks = tuple(_cut_length(a, count, decoder.rules) for a in (x_BLD, targets_BL, weights_BL))
     return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0]
 
 
@@ -73,7 +73,7 @@ def _num_chunks(x_BLD: jax.Array, rules: Rules, chunk_tokens: int) -> int:
     return next(fitting, length)
 
 
-def _split(a: jax.Array, count: int, rules: Rules) -> jax.Array:
+def _cut_length(a: jax.Array, count: int, rules: Rules) -> jax.Array:
     """Cut (B, L, ...) into (C, B, L/C, ...), each device cutting its own part of the length."""
     B, L, *rest = a.shape
     shards = rules.num_shards("length")

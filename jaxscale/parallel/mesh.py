@@ -17,6 +17,8 @@ from jaxscale.config import ConfigError, MeshConfig
 
 AXES = ("stage", "data", "fsdp", "sequence", "tensor")
 STAGE_AXIS = AXES[0]
+# Where a model is read that was trained elsewhere: over all devices, or on a single one.
+SPREAD, ONE_DEVICE = MeshConfig(data=1, fsdp=-1), MeshConfig(data=1)
 # The axes that may span slices, where only the slow network joins devices.
 SLOW_AXES = ("data", "stage")
 

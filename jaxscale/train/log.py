@@ -15,7 +15,7 @@ from jaxscale import records, runtime
 from jaxscale.console import Console
 from jaxscale.goodput import Goodput
 from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops, perplexity
-from jaxscale.model.cost import train_flops_per_token
+from jaxscale.model.cost import num_parameters, train_flops_per_token
 from jaxscale.optimizer import schedule_warning
 from jaxscale.train.evaluate import Evaluation
 from jaxscale.train.start import Run
@@ -58,10 +58,15 @@ class StepLog:
 
     def __enter__(self) -> Self:
         self._console.__enter__()
+        config, loader = self.run.assembly.config, self.run.loader
         self.note(f"{self.run.folder}: starting from {self.run.origin}")
-        if not len(self.run.loader.validation_windows):
+        self.note(
+            f"{num_parameters(self.run.state.params):,} parameters, "
+            f"{loader.windows.split.num_tokens:,} tokens to learn from, "
+            f"{loader.validation_windows.split.num_tokens:,} held apart"
+        )
+        if not len(loader.validation_windows):
             self.note("no evaluation: no window of data.length tokens is held apart")
-        config = self.run.assembly.config
         warning = schedule_warning(config.optimizer, config.train.steps)
         if warning:
             self.note(warning)

@@ -93,7 +93,7 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
     aside = Aside(run, log)
     previous: dict[str, jax.Array] | None = None
     batches: Generated[Any] = run.loader.batches(first)
-    ending, step = DONE, first
+    ending, step, bad_steps = DONE, first, 0
     with (
         jax.set_mesh(run.assembly.mesh),
         contextlib.closing(batches),
@@ -104,7 +104,7 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
                 ending = PREEMPTED
                 break
             if step > first and step % config.checkpoint.every_steps == 0:
-                aside.save(state, step)
+                aside.save(state, step, unless_bad=True)
             with goodput.measure(records.DATA_WAIT_SECONDS):
                 batch = next(batches)
             profiler.before(step)
@@ -114,12 +114,13 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
             profiler.after(step, metrics)
             previous, step = metrics, step + 1
             if bad_steps >= config.train.stop_after_nonfinite:
-                ending = NON_FINITE
                 break
             aside.look(state, step)
         if previous:
             with goodput.measure(records.STEP_SECONDS):
-                log.step(step - 1, previous, last=True)
+                bad_steps = log.step(step - 1, previous, last=True)
+    if bad_steps >= config.train.stop_after_nonfinite:
+        ending = NON_FINITE
     if ending != NON_FINITE:
         aside.save(state, step)
     final = aside.evaluate(state, step) if ending == DONE else None
@@ -142,9 +143,18 @@ class Aside:
             eos_id=run.tokenizer.eos_id,
         )
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Start to save a step, unless it is there already."""
+    def save(self, state: TrainState, step: int, *, unless_bad: bool = False) -> None:
+        """Start to save a step, unless it is there already.
+
+        Args:
+          state: after `step` steps.
+          step: steps done.
+          unless_bad: leave a state whose last step was skipped unsaved, so that a bad streak does
+            not push out the checkpoints from before it.
+        """
         with self.log.interruption(records.CHECKPOINT_SECONDS, state.step):
+            if unless_bad and int(state.skipped_in_a_row):
+                return
             seconds = save_state(self.run, state, step)
         self.log.checkpoint(seconds)
 
@@ -187,5 +197,4 @@ class Aside:
                 [ids],
                 Sampling(temperature=0.7, max_tokens=max_tokens),
             )
-        text = prompt + self.run.tokenizer.decode(tokens[0])
-        self.log.sample(step, text)
+        self.log.sample(step, prompt + self.run.tokenizer.continuation(ids, tokens[0]))

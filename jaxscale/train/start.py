@@ -7,14 +7,16 @@ nothing.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxscale import config_source, runtime, workdir
+from jaxscale import config_source, records, runtime, workdir
 from jaxscale.checkpoint import Checkpointer
 from jaxscale.config import Config, ConfigError, fill, validate
 from jaxscale.data.loader import Loader
@@ -86,13 +88,12 @@ def open_run(
     Raises:
       ConfigError: a user's mistake, in one line.
     """
-    origin = _origin(config, folder)
-    previous = workdir.read_config(origin) if origin else None
-    config = fill(config, previous)
-    if previous and not allow_config_change:
-        workdir.check_same_run(previous, config, origin)
-    validate(config)
+    resolved = resolve_for(config, folder)
+    config, origin = resolved.config, resolved.origin
+    if resolved.previous and not allow_config_change:
+        workdir.check_same_run(resolved.previous, config, origin or folder)
     assembly = assemble(config)
+    _check_steps(origin, config)
     tokenizer, loader = open_data(assembly, progress)
     if origin and not allow_config_change:
         _check_same_data(origin, config, tokenizer, loader)
@@ -101,7 +102,7 @@ def open_run(
     checkpointer = Checkpointer(folder, config.checkpoint)
     with contextlib.ExitStack() as undo:
         undo.enter_context(checkpointer)
-        state, words = first_state(assembly, checkpointer)
+        state, words = first_state(assembly, checkpointer, tokenizer)
         # Last, so that a run that could not start leaves the workdir as it was.
         if runtime.is_primary():
             workdir.write_config(folder, config, environment)
@@ -109,7 +110,37 @@ def open_run(
     return Run(assembly, folder, tokenizer, loader, checkpointer, state, words, environment)
 
 
-def _origin(config: Config, folder: pathlib.Path) -> str:
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A config made ready for a workdir.
+
+    Attributes:
+      config: resolved; a run that goes on keeps the span of its schedule.
+      origin: workdir of the run that goes on; empty for a new one.
+      previous: config of the run that goes on, or that ended in the workdir before its first save.
+    """
+
+    config: Config
+    origin: str
+    previous: Config | None
+
+
+def resolve_for(config: Config, folder: str | pathlib.Path) -> Resolved:
+    """Resolve a config for a run in a workdir.
+
+    Raises:
+      ConfigError: a knob is out of its limits or at odds with another.
+    """
+    origin = _origin(config, folder)
+    previous = workdir.read_config(origin) if origin else None
+    if previous is None and (pathlib.Path(folder) / records.METRICS_FILE).exists():
+        previous = workdir.previous_config(folder)
+    config = fill(config, previous)
+    validate(config)
+    return Resolved(config, origin, previous)
+
+
+def _origin(config: Config, folder: str | pathlib.Path) -> str:
     """Return the workdir of the run that this one goes on with: its own, another, or none."""
     if _reader(folder, config).latest_step() is not None:
         return str(folder)
@@ -123,18 +154,51 @@ def _reader(folder: str | pathlib.Path, config: Config) -> Checkpointer:
     return Checkpointer(folder, config.checkpoint, read_only=True)
 
 
+def _check_steps(origin: str, config: Config) -> None:
+    done = _reader(origin, config).latest_step() if origin else None
+    if done is not None and done > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps} is less than the {done} steps that the run in "
+            f"{origin} has done; raise it, or take a new workdir"
+        )
+
+
 def _check_same_data(origin: str, config: Config, tokenizer: Tokenizer, loader: Loader) -> None:
     reader = _reader(origin, config)
     meta = reader.read_meta(_newest(reader, "checkpoint.restore_from"))
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the run in {origin} "
-            "began with; restore it, or --allow-config-change to go on all the same"
-        )
+    remedy = "restore it, or --allow-config-change to go on all the same"
+    check_tokenizer(config, tokenizer, meta, origin, remedy=remedy)
     if meta["data"] != loader.cache.fingerprint:
         raise ConfigError(
             f"data.source={config.data.source} has changed since the run in {origin} began; "
-            "restore it, or --allow-config-change to go on all the same"
+            f"{remedy}"
+        )
+
+
+def check_tokenizer(
+    config: Config,
+    tokenizer: Tokenizer,
+    meta: Mapping[str, Any],
+    origin: str | os.PathLike[str],
+    *,
+    remedy: str = "restore it",
+) -> None:
+    """Check that a tokenizer is the one that a checkpoint's model has learnt to read.
+
+    Args:
+      config: names the tokenizer.
+      tokenizer: of the config.
+      meta: of the checkpoint.
+      origin: workdir of the checkpoint.
+      remedy: what the user can do.
+
+    Raises:
+      ConfigError: it is another.
+    """
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the run in {origin} "
+            f"began with; {remedy}"
         )
 
 
@@ -148,7 +212,9 @@ def check_samples(config: Config) -> None:
         raise ConfigError("train.sample_prompt is empty; give it text or set train.sample_every=0")
 
 
-def first_state(assembly: Assembly, checkpointer: Checkpointer) -> tuple[TrainState, str]:
+def first_state(
+    assembly: Assembly, checkpointer: Checkpointer, tokenizer: Tokenizer
+) -> tuple[TrainState, str]:
     """Return the state to start from, and where it came from in words."""
     config = assembly.config.checkpoint
     step = checkpointer.latest_step()
@@ -161,8 +227,13 @@ def first_state(assembly: Assembly, checkpointer: Checkpointer) -> tuple[TrainSt
     if config.init_from:
         other = _reader(config.init_from, assembly.config)
         step = _newest(other, "checkpoint.init_from")
+        check_tokenizer(assembly.config, tokenizer, other.read_meta(step), config.init_from)
+        differences = config_source.model_changes(
+            workdir.read_config(config.init_from), assembly.config
+        )
         params = other.restore_params(step, assembly.definition.abstract(assembly.mesh))
-        return init_state(assembly, params), f"parameters of step {step} of {config.init_from}"
+        words = f"parameters of step {step} of {config.init_from}{differences}"
+        return init_state(assembly, params), words
     return init_state(assembly), "new parameters"
 
 

@@ -109,10 +109,15 @@ def place(rules: Rules, values: Any, axes: Any) -> Any:
     return jax.tree.map(lambda value, names: rules.place(value, *names), values, axes)
 
 
+def in_float32(values: Any) -> Any:
+    """Return a pytree of arrays in float32, in which sums and moments of parameters are kept."""
+    return jax.tree.map(lambda value: value.astype(jnp.float32), values)
+
+
 def start_state(assembly: Assembly, params: Params) -> TrainState:
     """Return the state of step 0 around given parameters; for use under the mesh, jitted."""
     axes = optimizer_axes(assembly.definition)
-    optimizer = assembly.optimizer.init(place(assembly.rules, params, axes))
+    optimizer = assembly.optimizer.init(in_float32(place(assembly.rules, params, axes)))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer, zero, zero)
 

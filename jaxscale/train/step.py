@@ -23,6 +23,7 @@ from jaxscale.train.state import (
     TrainState,
     abstract_batch,
     abstract_state,
+    in_float32,
     optimizer_axes,
     place,
 )
@@ -61,17 +62,17 @@ def loss_and_gradients(
     def add_part(sums: tuple[jax.Array, Params], part: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, part)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = jax.tree.map(jnp.zeros_like, in_float32(params))
     return jax.lax.scan(add_part, (jnp.float32(0), zeros), microbatches(assembly, batch))[0]
 
 
 def microbatches(assembly: Assembly, batch: Batch) -> Batch:
     """Return the batch's arrays as (A, B/A, L): one part for each accumulation step."""
     parts = assembly.config.train.accumulation_steps
-    return {name: _split(a_BL, parts, assembly.rules) for name, a_BL in batch.items()}
+    return {name: _cut_rows(a_BL, parts, assembly.rules) for name, a_BL in batch.items()}
 
 
-def _split(a_BL: jax.Array, parts: int, rules: Rules) -> jax.Array:
+def _cut_rows(a_BL: jax.Array, parts: int, rules: Rules) -> jax.Array:
     """Cut (B, L) into (A, B/A, L): every A-th row, so that no row changes its device."""
     B, L = a_BL.shape
     spec = rules.spec("batch", None, "length")
@@ -131,7 +132,9 @@ def _update(
     """Apply the optimizer where its state lies, then bring the update to the parameters."""
     rules, axes = assembly.rules, optimizer_axes(assembly.definition)
     updates, optimizer = assembly.optimizer.update(
-        place(rules, gradients, axes), state.optimizer, place(rules, state.params, axes)
+        in_float32(place(rules, gradients, axes)),
+        state.optimizer,
+        in_float32(place(rules, state.params, axes)),
     )
     updates = place(rules, updates, assembly.definition.axes)
     params = jax.tree.map(
@@ -140,7 +143,7 @@ def _update(
     return params, optimizer
 
 
-def compile_step(assembly: Assembly, *, compiler_options: dict[str, Any] | None = None) -> Any:
+def compile_step(assembly: Assembly) -> Any:
     """Compile the step `(state, batch) -> (state, metrics)`; the old state is donated.
 
     The result takes arrays of exactly the abstract state's and batch's shardings, so that nothing
@@ -154,4 +157,4 @@ def compile_step(assembly: Assembly, *, compiler_options: dict[str, Any] | None 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(assembly.mesh):
-        return jitted.lower(state, batch).compile(compiler_options=compiler_options)
+        return jitted.lower(state, batch).compile()

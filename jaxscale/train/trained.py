@@ -1,23 +1,23 @@
 """A trained model out of a workdir, for the verbs that read one: evaluate, generate, export."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
-from jaxscale import workdir
+from jaxscale import config_source, workdir
 from jaxscale.bundle.sampling import Sampling
 from jaxscale.checkpoint import Checkpointer
-from jaxscale.config import Config, ConfigError, MeshConfig, resolve
+from jaxscale.config import Config, ConfigError, resolve
 from jaxscale.data.ngram import ngram_bits_per_byte
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
 from jaxscale.inference import Generator
 from jaxscale.model.decoder import Params
-from jaxscale.parallel.mesh import AXES, axis_sizes
+from jaxscale.parallel.mesh import ONE_DEVICE, SPREAD
 from jaxscale.train.evaluate import Evaluation, evaluate
-from jaxscale.train.start import open_data
+from jaxscale.train.start import check_tokenizer, open_data
 from jaxscale.train.state import Assembly, assemble
 
 
@@ -30,6 +30,7 @@ class Trained:
       params: the parameters.
       tokenizer: of the data.
       step: steps trained.
+      data: fingerprint of the tokens that they were trained on.
       notes: what a person should know, such as another mesh than the config's.
     """
 
@@ -37,47 +38,65 @@ class Trained:
     params: Params
     tokenizer: Tokenizer
     step: int
+    data: str
     notes: tuple[str, ...] = ()
 
 
 def open_trained(
-    folder: str | os.PathLike[str], config: Config | None = None, *, step: int | None = None
+    folder: str | os.PathLike[str],
+    config: Config | None = None,
+    *,
+    step: int | None = None,
+    other_mesh: bool = True,
 ) -> Trained:
     """Load the parameters of a workdir's newest step, or of `step`.
 
     Args:
       folder: the workdir.
-      config: None takes the workdir's own; a mesh that does not fit the devices at hand is then
-        replaced by one device.
+      config: None takes the workdir's own.
       step: a step that was saved.
+      other_mesh: where the config's mesh does not fit the devices at hand, take one that does.
 
     Raises:
-      ConfigError: the folder holds no run, or no such step.
+      ConfigError: the folder holds no run, or no such step; another tokenizer than the run's.
     """
-    notes: list[str] = []
-    own = config is None
-    config = resolve(config or workdir.read_config(folder))
-    devices: list[Any] = jax.devices()
-    if own and not _fits(config.mesh, len(devices)):
-        notes.append(f"the run's mesh does not fit {len(devices)} device(s); using one device")
-        config = dataclasses.replace(config, mesh=MeshConfig(**dict.fromkeys(AXES, 1)))
-        devices = devices[:1]
-    assembly = assemble(config, devices)
+    own = workdir.read_config(folder)
+    config = resolve(config or own)
+    assembly, notes = _assemble(config, other_mesh=other_mesh)
+    different = config_source.model_changes(own, config)
+    if different:
+        notes.append(f"reading the model of {folder}{different}")
     checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
     step = checkpointer.latest_step() if step is None else step
     if step is None:
         raise ConfigError(f"--workdir={folder} has no checkpoint yet; run jaxscale train first")
-    params = checkpointer.restore_params(step, assembly.definition.abstract(assembly.mesh))
+    meta = checkpointer.read_meta(step)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    return Trained(assembly, params, tokenizer, step, tuple(notes))
+    check_tokenizer(config, tokenizer, meta, folder)
+    params = checkpointer.restore_params(step, assembly.definition.abstract(assembly.mesh))
+    return Trained(assembly, params, tokenizer, step, meta["data"], tuple(notes))
 
 
-def _fits(mesh: MeshConfig, num_devices: int) -> bool:
+def _assemble(config: Config, *, other_mesh: bool) -> tuple[Assembly, list[str]]:
+    """Assemble on the config's mesh, or else on the first of some others that fits."""
+    devices = jax.devices()
     try:
-        axis_sizes(mesh, num_devices)
+        return assemble(config, devices), []
     except ConfigError:
-        return False
-    return True
+        if not other_mesh:
+            raise
+        whole_batch = dataclasses.replace(config.rules, batch=None)
+        others = [
+            (SPREAD, config.rules, devices, "all devices share the parameters"),
+            (SPREAD, whole_batch, devices, "all devices share the parameters"),
+        ]
+        if jax.process_count() == 1:
+            others.append((ONE_DEVICE, config.rules, devices[:1], "using one device"))
+        for mesh, rules, used, words in others:
+            with contextlib.suppress(ConfigError):
+                assembly = assemble(dataclasses.replace(config, mesh=mesh, rules=rules), used)
+                return assembly, [f"the run's mesh does not fit {len(devices)} device(s); {words}"]
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +108,14 @@ class Comparison:
       evaluation: of the model.
       unigram: bits per byte of token frequencies; None unless asked for.
       bigram: bits per byte of a smoothed bigram model; None unless asked for.
+      same_data: whether the held-out documents belong to the data that the model was trained on.
     """
 
     step: int
     evaluation: Evaluation
     unigram: float | None
     bigram: float | None
+    same_data: bool
 
 
 def evaluate_trained(
@@ -119,7 +140,8 @@ def evaluate_trained(
             ngram_bits_per_byte(loader.cache, config.data, order, num_windows=evaluation.windows)
             for order in (1, 2)
         ]
-    return Comparison(trained.step, evaluation, scores[0], scores[1])
+    same_data = loader.cache.fingerprint == trained.data
+    return Comparison(trained.step, evaluation, scores[0], scores[1], same_data)
 
 
 def generate_text(trained: Trained, prompts: Sequence[str], sampling: Sampling) -> list[str]:
@@ -128,5 +150,6 @@ def generate_text(trained: Trained, prompts: Sequence[str], sampling: Sampling) 
     generator = Generator(
         assembly.definition, assembly.mesh, num_ids=tokenizer.size, eos_id=tokenizer.eos_id
     )
-    tokens = generator.generate(trained.params, [tokenizer.encode(p) for p in prompts], sampling)
-    return [tokenizer.decode(row) for row in tokens]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    tokens = generator.generate(trained.params, ids, sampling)
+    return [tokenizer.continuation(*pair) for pair in zip(ids, tokens, strict=True)]

@@ -147,14 +147,18 @@ def test_the_split_is_of_the_content_and_not_of_names_or_order(
         assert sorted(documents_of(renamed, name)) == sorted(2 * documents_of(cache, name))
 
 
+def size(text: str) -> int:
+    return len(text.encode())
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 0.999999])
 def test_no_split_stays_empty(
     fresh: DataConfig, fraction: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 1)
     result = prepare(dataclasses.replace(fresh, validation_fraction=fraction))
-    assert min(result.train.documents, result.validation.documents) == 1
-    assert result.train.documents + result.validation.documents == 40
+    assert min(result.train.documents, result.validation.documents) > 0
+    assert result.train.bytes + result.validation.bytes == sum(map(size, texts_of(fresh)))
     files = {path.name for path in result.path.iterdir()}
     assert files == {"index.json", *TokenCache(result.path).index["files"]}
 
@@ -180,6 +184,17 @@ def test_of_a_single_document_the_end_is_held_apart(
     assert head.endswith("\n")
     assert len(tail) == pytest.approx(0.2 * len(text), abs=len("line 99\n"))
     assert prepare(dataclasses.replace(alone, validation_fraction=0.0)).validation.documents == 0
+
+
+@pytest.mark.parametrize("content", range(6))
+def test_a_large_document_is_not_held_apart_whole(
+    fresh: DataConfig, tmp_path: pathlib.Path, content: int
+) -> None:
+    (tmp_path / "large.txt").write_text(f"{content}\n" * 5_000)
+    (tmp_path / "small.txt").write_text("little\n" * 50)
+    result = prepare(dataclasses.replace(fresh, source=f"files:{tmp_path}/*.txt"))
+    total = result.train.bytes + result.validation.bytes
+    assert 0.1 <= result.validation.bytes / total <= 0.4
 
 
 def test_a_corpus_without_text_is_refused(fresh: DataConfig, tmp_path: pathlib.Path) -> None:

@@ -2,8 +2,10 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxscale import records
@@ -14,6 +16,10 @@ PEAK, WARMUP, SPAN, FINAL = 0.1, 2, 6, 0.1
 # Parameters of size 1 round at 6e-8, and the least update is about a third of FINAL x PEAK = 1e-2;
 # the roundings of the gradients come on top.
 UPDATE_TOLERANCE = 5e-5
+# A part's gradient is rounded once to bfloat16, by 2^-9 of its size at most. So is the gradient
+# that it is compared with, and parts of opposite signs are larger than their sum. Sums in bfloat16
+# would be rounded again with each part.
+PARTS_TOLERANCE_BF16 = 3 * 2.0**-9
 
 
 def rate(step: int) -> float:
@@ -69,3 +75,23 @@ def test_steps_equal_clipped_adamw_by_hand() -> None:
         after = jax.tree.leaves(jax.device_get(state.params))
         updates = [new - old for new, old in zip(after, before, strict=True)]
         assert max(relative_errors(updates, expected).values()) < UPDATE_TOLERANCE
+
+
+def test_bfloat16_parameters_keep_float32_moments_and_sums() -> None:
+    """A second moment in bfloat16 would not move: 0.999 of it rounds to itself."""
+    knobs = {"param_dtype": "bfloat16", "compute_dtype": "float32"}
+    assembly = assemble_tiny(model=knobs)
+    state = first_state(assembly)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
+
+    def gradients(parts: int) -> Any:
+        assembly = assemble_tiny(model=knobs, train={"accumulation_steps": parts})
+        compute = jax.jit(functools.partial(loss_and_gradients, assembly))
+        with jax.set_mesh(assembly.mesh):
+            found = compute(first_state(assembly).params, batch_on(assembly, 0))[1]
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
+
+    errors = relative_errors(gradients(8), gradients(1))
+    assert max(errors.values()) < PARTS_TOLERANCE_BF16
