@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxscale import records
+from jaxscale.checkpoint import read_params
 from jaxscale.config import (
     Config,
     DataConfig,
@@ -35,6 +38,8 @@ GRADIENT_TOLERANCE_F32 = 2e-5
 LOSS_TOLERANCE_F32 = 1e-6
 
 LENGTH, BATCH, VOCAB = 16, 8, 64
+# Steps of the runs that tests/train/conftest.py makes.
+RUN_STEPS = 8
 
 
 def tiny_config(
@@ -118,3 +123,13 @@ def relative_errors(found: Any, expected: Any) -> dict[str, float]:
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     errors = [np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max() for a, b in pairs]
     return dict(zip(paths, map(float, errors), strict=True))
+
+
+def last_lines(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
+    """Return the train line of each step; the last one wins."""
+    lines = records.read_lines(folder / records.METRICS_FILE)
+    return {x[records.STEP]: x for x in lines if x[records.KIND] == records.KIND_TRAIN}
+
+
+def final_params(folder: pathlib.Path, step: int = RUN_STEPS) -> Any:
+    return read_params(folder / records.CHECKPOINTS_DIR / str(step))

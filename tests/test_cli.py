@@ -178,6 +178,48 @@ def test_print_config_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -
     assert config["model"]["head_dim"] == 16
 
 
+def test_print_config_of_a_workdir_is_that_of_its_resume(
+    tmp_path: pathlib.Path, corpus: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = f"--config.data.source=files:{corpus}/*.txt"
+    arguments = ["train", *TINY, *SMALL, source, "--workdir", str(tmp_path / "run")]
+    assert main([*arguments, "--config.train.steps=1"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--config.train.steps=9", "--print-config"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert (config["train"]["steps"], config["optimizer"]["schedule_steps"]) == (9, 1)
+
+
+def test_output_that_nobody_reads_or_can_show_ends_no_run(
+    tmp_path: pathlib.Path, corpus: pathlib.Path
+) -> None:
+    source = f"--config.data.source=files:{corpus}/*.txt"
+    arguments = [
+        "train",
+        *TINY,
+        *SMALL,
+        source,
+        "--workdir",
+        str(tmp_path),
+        "--config.train.steps=20",
+    ]
+    process = start(*arguments, "--config.train.log_every=1")
+    wait_for(process, "step 1/")
+    assert process.stdout is not None
+    process.stdout.close()
+    process.wait(timeout=120)
+    assert [path.name for path in (tmp_path / records.CHECKPOINTS_DIR).iterdir()] == ["20"]
+    generate = ["generate", "--workdir", str(tmp_path), "--max-tokens=2", "--devices=cpu:8"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "jaxscale", *generate, "--prompt=\u00e9"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert shown.stdout.startswith(b"?")
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "jaxscale", *arguments],
@@ -280,3 +322,8 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(
     assert main(["train", *TINY, *arguments, f"--json={ROOT}"]) == 2
     assert f"--json={ROOT} is a folder" in capsys.readouterr().err
     assert compiled == []
+
+
+def test_a_prompt_that_is_no_text_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--workdir=x", "--prompt=\udcff"]) == 2
+    assert "is not UTF-8 text" in capsys.readouterr().err

@@ -115,3 +115,14 @@ def test_a_dumb_terminal_gets_lines() -> None:
     shown, code = run_in_terminal(RUN.replace("WAIT", "0"), term="dumb")
     assert code == 0
     assert shown == f"a [note] that stays\r\nstep 120/600  {LINE}\r\nready\r\n"
+
+
+def test_a_stream_that_nobody_reads_ends_the_view_and_not_the_run() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = os.fdopen(writing, "w")
+    with Console(total_steps=2, stream=stream) as console:
+        console.note("nobody hears")
+        console.log(1, {})
+    with pytest.raises(BrokenPipeError):
+        stream.close()

@@ -72,8 +72,11 @@ def test_compile_cache_switched_off(tmp_path: pathlib.Path) -> None:
     assert "compile cache" not in [row.check for row in report.rows]
 
 
-def test_remote_folder_is_not_tried() -> None:
-    assert "not tried" in doctor._check_folder("workdir", "gs://bucket/run").finding
+def test_a_remote_folder_will_do_for_compiled_programs_alone() -> None:
+    assert "not tried" in doctor._check_folder("compile cache", "gs://bucket/xla").finding
+    for name in ("workdir", "token cache"):
+        found = doctor._check_folder(name, "gs://bucket/run")
+        assert (found.status, found.finding) == ("failure", "gs://bucket/run is remote")
 
 
 def test_wrong_devices_are_refused() -> None:

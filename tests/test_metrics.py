@@ -62,8 +62,9 @@ def test_nonfinite_numbers_are_valid_json_and_visible(tmp_path: pathlib.Path) ->
 
     with contextlib.closing(MetricsWriter(tmp_path, primary=True)) as writer:
         writer.write(1, records.KIND_TRAIN, values)
-        with pytest.raises(ValueError, match="not JSON compliant"):
-            writer.write(2, records.KIND_TRAIN, {"nested": [math.nan]})
+    records.write_json(tmp_path / "result.json", {"rows": [{"loss": math.nan, "list": [math.inf]}]})
+    result = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
+    assert result == {"rows": [{"loss": None, "list": [None], "nonfinite": {"loss": "nan"}}]}
     text = (tmp_path / records.METRICS_FILE).read_text()
     line = json.loads(text, parse_constant=refuse)
     assert line["nonfinite"] == {"a": "nan", "b": "inf", "c": "-inf"}

@@ -136,6 +136,11 @@ def resolve_for(config: Config, folder: str | pathlib.Path) -> Resolved:
     if previous is None and (pathlib.Path(folder) / records.METRICS_FILE).exists():
         previous = workdir.previous_config(folder)
     config = fill(config, previous)
+    if previous and not previous.optimizer.schedule_steps:
+        # A run of no steps has set the span of no schedule.
+        previous = config_source.override(
+            previous, "optimizer.schedule_steps", str(config.optimizer.schedule_steps)
+        )
     validate(config)
     return Resolved(config, origin, previous)
 

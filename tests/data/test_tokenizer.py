@@ -107,3 +107,16 @@ def test_vocabulary_must_hold_the_tokenizer() -> None:
     check_vocabulary(tokenizer, 257)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=256 .*data\.tokenizer.*least 257"):
         check_vocabulary(tokenizer, 256)
+
+
+def test_a_continuation_keeps_the_space_before_it(tmp_path: pathlib.Path) -> None:
+    """As in SentencePiece, a word carries its space, which a decoder drops at the beginning."""
+    words = {"\u2581def": 0, "\u2581world": 1, "</s>": 2}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="</s>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    library.decoder = tokenizers.decoders.Metaspace()
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    ids = tokenizer.encode("def")
+    assert "def" + tokenizer.continuation(ids, [1, 1]) == "def world world"
+    assert load_tokenizer("bytes").continuation([100], [101, 102]) == "ef"

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import logging
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -11,72 +12,22 @@ import numpy as np
 import pytest
 
 from jaxscale import config_source, records
-from jaxscale.checkpoint import Checkpointer, read_params
-from jaxscale.config import CheckpointConfig, Config, ConfigError, DataConfig
+from jaxscale.checkpoint import Checkpointer
+from jaxscale.config import CheckpointConfig, ConfigError
 from jaxscale.goodput import read_goodput
+from jaxscale.model.cost import train_flops_per_token
 from jaxscale.train.loop import DONE, NON_FINITE, TrainResult, train
 from jaxscale.train.state import assemble
 from jaxscale.train.step import compile_step
-from jaxscale.train.trained import evaluate_trained, generate_text, open_trained
-from tests.programs import LOSS_TOLERANCE_F32, batch_on, first_state, tiny_config
-
-STEPS = 8
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Return a folder of a few small texts."""
-    folder = tmp_path_factory.mktemp("corpus")
-    random = np.random.default_rng(0)
-    for number in range(24):
-        words = random.choice(["mesh", "axis", "shard", "step", "\n"], 200)
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def make_config(corpus: pathlib.Path) -> Any:
-    """Return a function from knobs, written `section__knob=value`, to a config on 8 devices."""
-
-    def make(**knobs: Any) -> Config:
-        config = dataclasses.replace(
-            tiny_config(
-                mesh={"data": 2, "fsdp": 2, "tensor": 2},
-                model={"vocab_size": 264, "num_layers": 1},
-                train={"steps": STEPS, "log_every": 1, "eval_batches": 2},
-            ),
-            data=DataConfig(
-                source=f"files:{corpus}/*.txt",
-                length=16,
-                validation_fraction=0.25,
-                cache_dir=str(corpus / "tokens"),
-            ),
-            checkpoint=CheckpointConfig(every_steps=3),
-        )
-        for name, value in knobs.items():
-            config = config_source.override(config, name.replace("__", "."), str(value))
-        return config
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def whole(make_config: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Return the workdir of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    result = train(make_config(), folder)
-    assert (result.ending, result.step) == (DONE, STEPS)
-    return folder
-
-
-def last_lines(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
-    """Return the train line of each step; the last one wins."""
-    lines = records.read_lines(folder / records.METRICS_FILE)
-    return {x[records.STEP]: x for x in lines if x[records.KIND] == records.KIND_TRAIN}
-
-
-def final_params(folder: pathlib.Path, step: int = STEPS) -> Any:
-    return read_params(folder / records.CHECKPOINTS_DIR / str(step))
+from tests.programs import (
+    LOSS_TOLERANCE_F32,
+    RUN_STEPS,
+    batch_on,
+    final_params,
+    first_state,
+    last_lines,
+    tiny_config,
+)
 
 
 def test_resume_equals_an_uninterrupted_run_bitwise(
@@ -84,14 +35,21 @@ def test_resume_equals_an_uninterrupted_run_bitwise(
 ) -> None:
     folder = tmp_path / "run"
     assert train(make_config(train__steps=5), folder).step == 5
-    assert train(make_config(), folder).step == STEPS
+    assert train(make_config(), folder).step == RUN_STEPS
     assert train(make_config(), folder).loss is None
     jax.tree.map(np.testing.assert_array_equal, final_params(folder), final_params(whole))
     resumed, expected = last_lines(folder), last_lines(whole)
-    for step in range(1, STEPS + 1):
+    for step in range(1, RUN_STEPS + 1):
         for name in (records.LOSS, records.BATCH_HASH, records.GRADIENT_NORM):
             assert resumed[step][name] == expected[step][name]
-    assert len({line[records.BATCH_HASH] for line in expected.values()}) == STEPS
+    assert len({line[records.BATCH_HASH] for line in expected.values()}) == RUN_STEPS
+
+
+def test_a_save_during_the_run_holds_what_a_run_that_ends_there_does(
+    make_config: Any, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    train(make_config(train__steps=3, optimizer__schedule_steps=RUN_STEPS), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path, 3), final_params(whole, 3))
 
 
 def test_resume_on_another_mesh_goes_on_with_the_same_batches_and_losses(
@@ -110,9 +68,9 @@ def test_resume_on_another_mesh_goes_on_with_the_same_batches_and_losses(
         [x[records.LOSS] for x in expected.values()],
         rtol=10 * LOSS_TOLERANCE_F32,
     )
-    meta = Checkpointer(folder, CheckpointConfig(), read_only=True).read_meta(STEPS)
+    meta = Checkpointer(folder, CheckpointConfig(), read_only=True).read_meta(RUN_STEPS)
     assert meta["mesh"]["sequence"] == 2
-    assert meta["sequences_read"] == STEPS * 8
+    assert meta["sequences_read"] == RUN_STEPS * 8
 
 
 def test_the_step_is_compiled_once_per_run(
@@ -134,6 +92,38 @@ def test_a_config_of_another_run_is_refused_with_the_difference(
     assert "optimizer.learning_rate: 0.01 -> 0.5" in text
     assert "--allow-config-change" in text
     assert "mesh" not in text
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_not_mixed_with_another(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    train(make_config(train__steps=3), tmp_path)
+    shutil.rmtree(tmp_path / records.CHECKPOINTS_DIR)
+    with pytest.raises(ConfigError, match="model.width: 32 -> 64"):
+        train(make_config(model__width=64), tmp_path)
+    assert train(make_config(train__steps=4), tmp_path).step == 4
+
+
+def test_a_schedule_without_a_length_takes_that_of_the_first_steps(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    knobs = {"optimizer__warmup_steps": 2, "optimizer__schedule_steps": 0}
+    train(make_config(train__steps=0, **knobs), tmp_path / "resumed")
+    for name in ("resumed", "whole"):
+        train(make_config(train__steps=6, **knobs), tmp_path / name)
+    rates = [
+        [line[records.LEARNING_RATE] for line in last_lines(tmp_path / name).values()]
+        for name in ("resumed", "whole")
+    ]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 3
+
+
+def test_fewer_steps_than_done_are_refused(make_config: Any, whole: pathlib.Path) -> None:
+    before = (whole / records.CONFIG_FILE).read_text()
+    with pytest.raises(ConfigError, match=f"train.steps=1 is less than the {RUN_STEPS} steps"):
+        train(make_config(train__steps=1), whole)
+    assert (whole / records.CONFIG_FILE).read_text() == before
 
 
 def test_a_change_can_be_allowed(make_config: Any, tmp_path: pathlib.Path) -> None:
@@ -165,7 +155,7 @@ def test_metrics_evaluation_sample_and_goodput_are_written(
     config = make_config(train__eval_every=4, train__sample_every=4, train__log_every=2)
     result = train(config, tmp_path, stream=stream)
     assert list(last_lines(tmp_path)) == [2, 4, 6, 8]
-    line = last_lines(tmp_path)[STEPS]
+    line = last_lines(tmp_path)[RUN_STEPS]
     for name in (
         records.PERPLEXITY,
         records.TOKENS_PER_SECOND,
@@ -177,13 +167,16 @@ def test_metrics_evaluation_sample_and_goodput_are_written(
         records.LEARNING_RATE,
     ):
         assert line[name] > 0, name
+    flops = train_flops_per_token(config.model, config.data.length)
+    share = line[records.TOKENS_PER_SECOND] * flops / line[records.PEAK_FLOPS_PER_SECOND]
+    assert line[records.MFU] == pytest.approx(share)
     assert line[records.PEAK_BYTES_SOURCE] == "compiler"
     assert line[records.DEVICE_UTILIZATION] is None
     assert line[records.PERPLEXITY] == pytest.approx(np.exp(line[records.LOSS]))
-    assert line[records.TOKENS] == STEPS * 8 * 16
+    assert line[records.TOKENS] == RUN_STEPS * 8 * 16
     lines = records.read_lines(tmp_path / records.METRICS_FILE)
     evaluations = [x for x in lines if x[records.KIND] == records.KIND_EVALUATION]
-    assert [x[records.STEP] for x in evaluations] == [4, STEPS]
+    assert [x[records.STEP] for x in evaluations] == [4, RUN_STEPS]
     assert result.evaluation is not None
     assert evaluations[-1][records.LOSS] == result.evaluation.loss
     samples = [x for x in lines if x[records.KIND] == records.KIND_SAMPLE]
@@ -192,8 +185,8 @@ def test_metrics_evaluation_sample_and_goodput_are_written(
     shown = stream.getvalue()
     places = [
         shown.index(text)
-        for step in (4, STEPS)
-        for text in (f"step {step}/{STEPS}", f"after step {step}")
+        for step in (4, RUN_STEPS)
+        for text in (f"step {step}/{RUN_STEPS}", f"after step {step}")
     ]
     assert places == sorted(places)
     goodput = read_goodput(tmp_path / records.GOODPUT_FILE)
@@ -233,6 +226,31 @@ def test_too_many_bad_steps_end_the_run_and_leave_the_weights_alone(
     assert len(bad) >= 3
     assert lines[max(lines)][records.SKIPPED_STEPS] >= 3
     assert result.step < 10
+
+
+def test_a_limit_reached_on_the_last_step_counts(make_config: Any, tmp_path: pathlib.Path) -> None:
+    knobs = {
+        "optimizer__learning_rate": 1e30,
+        "train__stop_after_nonfinite": 3,
+        "optimizer__warmup_steps": 0,
+    }
+    assert train(make_config(train__steps=4, **knobs), tmp_path).ending == NON_FINITE
+
+
+def test_a_bad_streak_does_not_push_out_good_checkpoints(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    knobs = {
+        "optimizer__learning_rate": 1e30,
+        "train__stop_after_nonfinite": 6,
+        "optimizer__warmup_steps": 0,
+        "checkpoint__every_steps": 1,
+        "checkpoint__keep_last": 1,
+    }
+    assert train(make_config(train__steps=50, **knobs), tmp_path).ending == NON_FINITE
+    first_bad = min(s for s, x in last_lines(tmp_path).items() if x[records.SKIPPED_STEPS])
+    steps = [int(x.name) for x in (tmp_path / records.CHECKPOINTS_DIR).iterdir()]
+    assert steps == [first_bad - 1]
 
 
 def test_interruptions_do_not_change_what_is_said_of_speed(
@@ -314,31 +332,6 @@ def test_one_bad_step_is_skipped_and_counted() -> None:
     assert np.isfinite(metrics[records.LOSS])
     assert (int(metrics[records.SKIPPED_STEPS]), int(metrics[records.SKIPPED_IN_A_ROW])) == (1, 0)
     assert int(state.step) == 3
-
-
-def test_a_trained_model_is_read_on_whatever_devices_there_are(
-    make_config: Any, whole: pathlib.Path
-) -> None:
-    here = open_trained(whole)
-    assert here.notes == ()
-    first = evaluate_trained(here, baselines=True)
-    one = config_source.override(make_config(), "mesh.tensor", "1")
-    one = config_source.override(one, "mesh.data", "8")
-    one = config_source.override(one, "mesh.fsdp", "1")
-    second = evaluate_trained(open_trained(whole, one))
-    assert second.evaluation.loss == pytest.approx(first.evaluation.loss, rel=LOSS_TOLERANCE_F32)
-    assert first.unigram is not None
-    assert first.bigram is not None
-    assert first.bigram < first.unigram
-    assert isinstance(generate_text(here, ["me"], _greedy())[0], str)
-    with pytest.raises(ConfigError, match="no checkpoint of step 4"):
-        open_trained(whole, step=4)
-
-
-def _greedy() -> Any:
-    from jaxscale.bundle.sampling import Sampling
-
-    return Sampling(temperature=0, max_tokens=4)
 
 
 def test_the_result_is_plain_data(whole: pathlib.Path, make_config: Any) -> None:
