@@ -86,16 +86,14 @@ def _assemble(config: Config, *, other_mesh: bool) -> tuple[Assembly, list[str]]
         if not other_mesh:
             raise
         whole_batch = dataclasses.replace(config.rules, batch=None)
-        others = [
-            (SPREAD, config.rules, devices, "all devices share the parameters"),
-            (SPREAD, whole_batch, devices, "all devices share the parameters"),
-        ]
+        others = [(SPREAD, config.rules, devices), (SPREAD, whole_batch, devices)]
         if jax.process_count() == 1:
-            others.append((ONE_DEVICE, config.rules, devices[:1], "using one device"))
-        for mesh, rules, used, words in others:
+            others.append((ONE_DEVICE, config.rules, devices[:1]))
+        for mesh, rules, used in others:
             with contextlib.suppress(ConfigError):
                 assembly = assemble(dataclasses.replace(config, mesh=mesh, rules=rules), used)
-                return assembly, [f"the run's mesh does not fit {len(devices)} device(s); {words}"]
+                note = f"the run's mesh does not fit {len(devices)} device(s); using {len(used)}"
+                return assembly, [note]
         raise
 
 
