@@ -38,6 +38,22 @@ GRADIENT_TOLERANCE_F32 = 2e-5
 LOSS_TOLERANCE_F32 = 1e-6
 
 LENGTH, BATCH, VOCAB = 16, 8, 64
+# The shapes of decoder that there are, each with other parts.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt": {
+        "norm": "layernorm",
+        "mlp": "plain",
+        "activation": "gelu_tanh",
+        "biases": "all",
+        "positions": "learned",
+        "tie_embeddings": True,
+        "num_kv_heads": 0,
+    },
+    "qwen": {"biases": "qkv", "qk_norm": True, "rope_scaling": "linear", "rope_factor": 4.0},
+    "parallel": {"block": "parallel", "activation": "gelu", "biases": "all"},
+    "relu": {"mlp": "plain", "activation": "relu", "norm_epsilon": 1e-1, "head_dim": 16},
+}
 # Steps of the runs that tests/train/conftest.py makes.
 RUN_STEPS = 8
 

@@ -13,27 +13,13 @@ from jaxscale.train.step import batch_loss
 from tests.programs import (
     GRADIENT_TOLERANCE_F32,
     LOSS_TOLERANCE_F32,
+    VARIANTS,
     VOCAB,
     assemble_tiny,
     host_batch,
     relative_errors,
 )
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "gpt": {
-        "norm": "layernorm",
-        "mlp": "plain",
-        "activation": "gelu_tanh",
-        "biases": "all",
-        "positions": "learned",
-        "tie_embeddings": True,
-        "num_kv_heads": 0,
-    },
-    "qwen": {"biases": "qkv", "qk_norm": True, "rope_scaling": "linear", "rope_factor": 4.0},
-    "parallel": {"block": "parallel", "activation": "gelu", "biases": "all"},
-    "relu": {"mlp": "plain", "activation": "relu", "norm_epsilon": 1e-1, "head_dim": 16},
-}
 Tree = dict[str, Any]
 
 

@@ -13,6 +13,7 @@ from jaxscale.train.step import compile_step, loss_and_gradients
 from tests.programs import (
     GRADIENT_TOLERANCE_F32,
     LOSS_TOLERANCE_F32,
+    VARIANTS,
     assemble_tiny,
     batch_on,
     first_state,
@@ -34,18 +35,6 @@ MESHES = [
     {"data": 2, "sequence": 2, "tensor": 2},
     {"fsdp": 2, "sequence": 2, "tensor": 2},
 ]
-VARIANTS: dict[str, dict[str, Any]] = {
-    "gpt": {
-        "norm": "layernorm",
-        "mlp": "plain",
-        "activation": "gelu_tanh",
-        "biases": "all",
-        "tie_embeddings": True,
-        "num_kv_heads": 0,
-    },
-    "parallel block, qk norm": {"block": "parallel", "qk_norm": True, "biases": "qkv"},
-    "learned positions": {"positions": "learned"},
-}
 PROGRAMS: dict[str, dict[str, Any]] = {
     "residual region along sequence and tensor": {
         "mesh": {"sequence": 2, "tensor": 4},
@@ -87,8 +76,8 @@ def first_gradients(assembly: Assembly) -> tuple[float, Any]:
 
 
 @functools.cache
-def reference(variant: str = "") -> tuple[float, Any]:
-    return first_gradients(assemble_tiny(model=VARIANTS.get(variant)))
+def reference(variant: str = "llama") -> tuple[float, Any]:
+    return first_gradients(assemble_tiny(model=VARIANTS[variant]))
 
 
 def check_first_gradients(found: tuple[float, Any], expected: tuple[float, Any]) -> None:
@@ -116,7 +105,21 @@ def test_every_way_to_run_it_equals_the_plain_one(name: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_block_variants_equal_one_device(variant: str) -> None:
     assembly = assemble_tiny(mesh={"fsdp": 2, "sequence": 2, "tensor": 2}, model=VARIANTS[variant])
-    check_first_gradients(first_gradients(assembly), reference(variant))
+    found, expected = first_gradients(assembly), reference(variant)
+    if variant == "gpt":
+        found, expected = without_key_bias(found), without_key_bias(expected)
+    check_first_gradients(found, expected)
+
+
+def without_key_bias(result: tuple[float, Any]) -> tuple[float, Any]:
+    """Drop a gradient that is 0 but for rounding, and so has no relative error.
+
+    Without rotary positions a bias of the keys adds the same to all scores of a query.
+    """
+    loss, gradients = result
+    attention = dict(gradients["blocks"]["attention"])
+    assert np.abs(attention.pop("key_bias")).max() < 1e-6 * np.abs(attention["value_bias"]).max()
+    return loss, {**gradients, "blocks": {**gradients["blocks"], "attention": attention}}
 
 
 def train_20_steps(assembly: Assembly) -> tuple[list[float], list[int]]:

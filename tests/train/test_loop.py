@@ -210,16 +210,15 @@ def test_old_checkpoints_go_and_milestones_stay(make_config: Any, tmp_path: path
     assert steps == [3, 6, 7, 8]
 
 
+# The first update throws the weights so far that no later step is finite.
+DIVERGING = {"optimizer__learning_rate": 1e30, "optimizer__warmup_steps": 0}
+
+
 def test_too_many_bad_steps_end_the_run_and_leave_the_weights_alone(
     make_config: Any, tmp_path: pathlib.Path
 ) -> None:
-    # The first update throws the weights so far that no later step is finite.
-    knobs = {
-        "optimizer__learning_rate": 1e30,
-        "train__stop_after_nonfinite": 3,
-        "optimizer__warmup_steps": 0,
-    }
-    result = train(make_config(train__steps=50, **knobs), tmp_path)
+    config = make_config(train__steps=50, train__stop_after_nonfinite=3, **DIVERGING)
+    result = train(config, tmp_path)
     assert result.ending == NON_FINITE
     lines = last_lines(tmp_path)
     bad = [step for step, line in lines.items() if records.NONFINITE in line]
@@ -229,25 +228,16 @@ def test_too_many_bad_steps_end_the_run_and_leave_the_weights_alone(
 
 
 def test_a_limit_reached_on_the_last_step_counts(make_config: Any, tmp_path: pathlib.Path) -> None:
-    knobs = {
-        "optimizer__learning_rate": 1e30,
-        "train__stop_after_nonfinite": 3,
-        "optimizer__warmup_steps": 0,
-    }
-    assert train(make_config(train__steps=4, **knobs), tmp_path).ending == NON_FINITE
+    config = make_config(train__steps=4, train__stop_after_nonfinite=3, **DIVERGING)
+    assert train(config, tmp_path).ending == NON_FINITE
 
 
 def test_a_bad_streak_does_not_push_out_good_checkpoints(
     make_config: Any, tmp_path: pathlib.Path
 ) -> None:
-    knobs = {
-        "optimizer__learning_rate": 1e30,
-        "train__stop_after_nonfinite": 6,
-        "optimizer__warmup_steps": 0,
-        "checkpoint__every_steps": 1,
-        "checkpoint__keep_last": 1,
-    }
-    assert train(make_config(train__steps=50, **knobs), tmp_path).ending == NON_FINITE
+    knobs = {"checkpoint__every_steps": 1, "checkpoint__keep_last": 1, **DIVERGING}
+    config = make_config(train__steps=50, train__stop_after_nonfinite=6, **knobs)
+    assert train(config, tmp_path).ending == NON_FINITE
     first_bad = min(s for s, x in last_lines(tmp_path).items() if x[records.SKIPPED_STEPS])
     steps = [int(x.name) for x in (tmp_path / records.CHECKPOINTS_DIR).iterdir()]
     assert steps == [first_bad - 1]
