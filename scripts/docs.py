@@ -18,8 +18,9 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jaxscale import cli, config_source
-from jaxscale.config import FREE_SECTIONS, Config, is_free, resolve
+from jaxscale import cli, config_source, verbs
+from jaxscale.config import FREE_SECTIONS, Config, is_free
+from jaxscale.resolve import resolve
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRESETS_FILE = "configs/lm.py"
@@ -43,11 +44,11 @@ CLI_WORDS = """\
 config, unless `--config` is given."""
 
 EXIT_CODES = {
-    cli.DONE: "done",
-    cli.FAILED: "a check or the run failed",
-    cli.WRONG: "the command or the config is wrong; one line on stderr says what, and the remedy",
-    cli.PREEMPTED: "stopped by SIGTERM or Ctrl-C after a clean save; the same command goes on",
-    cli.INTERRUPTED: "interrupted before anything could be saved, or by a second Ctrl-C",
+    verbs.DONE: "done",
+    verbs.FAILED: "a check or the run failed",
+    verbs.WRONG: "the command or the config is wrong; one line on stderr says what, and the remedy",
+    verbs.PREEMPTED: "stopped by SIGTERM or Ctrl-C after a clean save; the same command goes on",
+    verbs.INTERRUPTED: "interrupted before anything could be saved, or by a second Ctrl-C",
 }
 
 
@@ -144,12 +145,12 @@ def preset_table() -> str:
 
 def cli_page() -> str:
     """Return docs/cli.md: options of every verb, of each verb, and exit codes."""
-    verbs = verb_parsers()
-    own = {name: options(parser) for name, parser in verbs.items()}
+    parsers = verb_parsers()
+    own = {name: options(parser) for name, parser in parsers.items()}
     common = [row for row in own["doctor"] if all(row in rows for rows in own.values())]
     title = head("cli.py", "Command line")
     parts = [title, CLI_WORDS, f"## Every verb\n\n{option_table(common)}"]
-    for name, parser in verbs.items():
+    for name, parser in parsers.items():
         rows = [row for row in own[name] if row not in common]
         more = option_table(rows) if rows else "No options of its own."
         parts.append(f"## {name}\n\n{sentence(parser.description or '')}\n\n{more}")

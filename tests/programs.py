@@ -18,8 +18,8 @@ from jaxscale.config import (
     OptimizerConfig,
     RulesConfig,
     TrainConfig,
-    resolve,
 )
+from jaxscale.resolve import resolve
 from jaxscale.train.state import (
     BATCH_DTYPES,
     Assembly,

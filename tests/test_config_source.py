@@ -6,10 +6,11 @@ import pathlib
 import pytest
 
 from jaxscale import config_source
-from jaxscale.config import Config, ConfigError, resolve
+from jaxscale.config import Config, ConfigError
 from jaxscale.model.cost import num_parameters
 from jaxscale.model.decoder import define
 from jaxscale.parallel.sharding import Rules
+from jaxscale.resolve import resolve
 
 LM = str(pathlib.Path(__file__).parent.parent / "configs" / "lm.py")
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "jaxscale"
 # From the ground up. A floor holds groups of modules; a module imports from the floors below and,
 # in its own group, from what stands before it.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "F0 words": ("config config_source hardware records runtime",),
+    "F0 words": ("config config_source resolve hardware records runtime",),
     "F1 parallel": (
         "parallel.mesh parallel.sharding parallel.pipeline parallel.program parallel.probes",
         "bundle.format bundle.programs bundle.sampling bundle.scheduler bundle.engine",
@@ -49,7 +49,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "doctor",
         "convert",
     ),
-    "F7 door": ("cli __main__",),
+    "F7 door": ("verbs cli __main__",),
 }
 
 # What a program that serves a bundle must not need.

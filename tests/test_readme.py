@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 
 import pytest
 
-from jaxscale import cli, records
+from jaxscale import records, verbs
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -142,9 +142,13 @@ def check_picture_is_read(workdir: pathlib.Path) -> None:
     ("commands", "code", "complaint"),
     [
         ("python train.py", 127, "command not found"),
-        ("jaxscale launch", cli.WRONG, "invalid choice"),
-        ("jaxscale doctor --gpu", cli.WRONG, "unrecognized arguments"),
-        ("jaxscale train --config=configs/lm.py:huge --print-config", cli.WRONG, "no preset huge"),
+        ("jaxscale launch", verbs.WRONG, "invalid choice"),
+        ("jaxscale doctor --gpu", verbs.WRONG, "unrecognized arguments"),
+        (
+            "jaxscale train --config=configs/lm.py:huge --print-config",
+            verbs.WRONG,
+            "no preset huge",
+        ),
         ("bash scripts/play.sh\njaxscale doctor", 1, ""),
         ("pip install --editable '.[abacus]'", 1, ""),
         ("source .venv/bin/deactivate", 1, "No such file"),

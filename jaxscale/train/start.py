@@ -18,11 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import config_source, records, runtime, workdir
 from jaxscale.checkpoint import Checkpointer
-from jaxscale.config import Config, ConfigError, fill, validate
+from jaxscale.config import Config, ConfigError
 from jaxscale.data.loader import Loader
 from jaxscale.data.prepare import Progress, prepare
 from jaxscale.data.token_cache import TokenCache
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxscale.resolve import fill, validate
 from jaxscale.train.state import Assembly, TrainState, abstract_state, assemble, init_state
 
 

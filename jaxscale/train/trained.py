@@ -10,12 +10,13 @@ import jax
 from jaxscale import config_source, workdir
 from jaxscale.bundle.sampling import Sampling
 from jaxscale.checkpoint import Checkpointer
-from jaxscale.config import Config, ConfigError, resolve
+from jaxscale.config import Config, ConfigError
 from jaxscale.data.ngram import ngram_bits_per_byte
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
 from jaxscale.inference import Generator
 from jaxscale.model.decoder import Params
 from jaxscale.parallel.mesh import ONE_DEVICE, SPREAD
+from jaxscale.resolve import resolve
 from jaxscale.train.evaluate import Evaluation, evaluate
 from jaxscale.train.start import check_tokenizer, open_data
 from jaxscale.train.state import Assembly, assemble

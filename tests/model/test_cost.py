@@ -3,8 +3,8 @@
 import pytest
 
 from jaxscale import config_source
-from jaxscale.config import resolve
 from jaxscale.model.cost import num_matmul_parameters, train_flops_per_token
+from jaxscale.resolve import resolve
 from tests.conftest import ROOT
 
 # Per layer 4 x width^2 for attention and 3 (gated) or 2 x width x hidden; then width x vocabulary.

@@ -1,0 +1,226 @@
+"""What each verb does with its parsed arguments: it calls the library and shows the result.
+
+The return value is the exit code. Heavy imports wait for their verb.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jaxscale import config_source, records
+from jaxscale.config import Config, ConfigError
+from jaxscale.resolve import resolve
+
+# Exit codes.
+DONE, FAILED, WRONG, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
+
+
+def _given_config(args: argparse.Namespace) -> Config | None:
+    """Return the config of --config, or that of the workdir with overrides; None for neither."""
+    if args.config:
+        return config_source.load(args.config, args.overrides)
+    if not args.overrides:
+        return None
+    from jaxscale import workdir
+
+    config = workdir.read_config(args.workdir) if args.workdir else Config()
+    for key, value in args.overrides:
+        config = config_source.override(config, key, value)
+    return config
+
+
+def _gives_mesh(args: argparse.Namespace) -> bool:
+    """Tell whether the user chose the mesh, which then must fit."""
+    return bool(args.config) or any(key.startswith("mesh.") for key, _ in args.overrides)
+
+
+def _needed_config(args: argparse.Namespace) -> Config:
+    """Return the given config, else that of the run in the workdir."""
+    from jaxscale import workdir
+
+    if not args.config and not args.workdir:
+        raise ConfigError("--config is missing; try --config=configs/lm.py:tiny")
+    if not args.config and workdir.previous_config(args.workdir) is None:
+        raise ConfigError(f"--config is missing, and --workdir={args.workdir} holds no run yet")
+    return _given_config(args) or workdir.read_config(args.workdir)
+
+
+def _needed_workdir(args: argparse.Namespace) -> str:
+    if not args.workdir:
+        raise ConfigError("--workdir is missing; name the folder of the run")
+    return str(args.workdir)
+
+
+def print_config(args: argparse.Namespace) -> None:
+    """Print the resolved config."""
+    import json
+
+    config = _needed_config(args)
+    if args.workdir:
+        from jaxscale.train.start import resolve_for
+
+        config = resolve_for(config, args.workdir).config
+    else:
+        config = resolve(config)
+    print(json.dumps(config_source.to_mapping(config), indent=2))
+
+
+def _write_result(args: argparse.Namespace, config: Config, rows: list[dict[str, Any]]) -> None:
+    if args.json:
+        from jaxscale import runtime
+
+        result = records.envelope(
+            args.verb,
+            rows,
+            config=config_source.to_mapping(config),
+            environment=runtime.describe(),
+        )
+        records.write_json(args.json, result)
+
+
+def _show_notes(notes: Sequence[str]) -> None:
+    """Print remarks beside a result, where they do not mix with it."""
+    from jaxscale import runtime
+
+    if runtime.is_primary():
+        for note in notes:
+            print(f"jaxscale: {note}", file=sys.stderr)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print what this machine can do."""
+    from rich.console import Console
+
+    from jaxscale.doctor import examine, render
+
+    config = _given_config(args) or Config()
+    report = examine(config.runtime, config.data, workdir=args.workdir or "", devices=args.devices)
+    Console().print(render(report))
+    _write_result(args, config, [dataclasses.asdict(row) for row in report.rows])
+    return FAILED if report.failed else DONE
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """Make the token cache of a config, or find it."""
+    from jaxscale.console import counting
+    from jaxscale.data.prepare import prepare
+
+    config = resolve(_needed_config(args))
+    with counting("documents", sys.stdout) as progress:
+        result = prepare(config.data, workers=args.workers, progress=progress, force=args.force)
+    state = "found" if result.reused else "written"
+    print(f"token cache {state} in {result.seconds:.1f} s: {result.path}")
+    for name, counts in (("train", result.train), ("validation", result.validation)):
+        print(f"  {name}: {counts.documents:,} documents, {counts.tokens:,} tokens")
+    if result.skipped_documents:
+        print(f"  skipped: {result.skipped_documents:,} documents, empty or not UTF-8")
+    _write_result(args, config, [dataclasses.asdict(result)])
+    return DONE
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train or resume."""
+    from jaxscale import runtime
+
+    folder = _needed_workdir(args)
+    config = _needed_config(args)
+    runtime.start(config.runtime, devices=args.devices)
+    from jaxscale.console import counting
+    from jaxscale.train import loop
+
+    with counting("documents", sys.stdout) as progress:
+        result = loop.train(
+            config,
+            folder,
+            allow_config_change=args.allow_config_change,
+            stream=sys.stdout,
+            progress=progress,
+        )
+    code = {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.NON_FINITE: FAILED}[result.ending]
+    if not runtime.is_primary():
+        return code
+    from jaxscale import workdir
+
+    _write_result(args, workdir.read_config(folder), [dataclasses.asdict(result)])
+    if result.ending == loop.PREEMPTED:
+        print(f"stopped after step {result.step}, saved; the same command goes on")
+    elif result.ending == loop.NON_FINITE:
+        limit = config.train.stop_after_nonfinite
+        print(
+            f"jaxscale: {limit} steps in a row had a non-finite loss or gradient "
+            f"(train.stop_after_nonfinite={limit}); go on from the last checkpoint with "
+            "--allow-config-change and a lower optimizer.learning_rate",
+            file=sys.stderr,
+        )
+    else:
+        print(f"done after step {result.step}; the run is in {folder}")
+    return code
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Score a checkpoint."""
+    from jaxscale import runtime, workdir
+
+    folder = _needed_workdir(args)
+    config = _given_config(args)
+    runtime.start((config or workdir.read_config(folder)).runtime, devices=args.devices)
+    from jaxscale.train.trained import evaluate_trained, open_trained
+
+    trained = open_trained(folder, config, step=args.step, other_mesh=not _gives_mesh(args))
+    _show_notes(trained.notes)
+    result = evaluate_trained(trained, num_batches=args.batches, baselines=args.baselines)
+    if not result.same_data:
+        _show_notes([f"{folder} was trained on other data than what is scored here"])
+    if not runtime.is_primary():
+        return DONE
+    score = result.evaluation
+    print(
+        f"step {result.step}: loss {score.loss:.4f}, perplexity {score.perplexity:.3f} "
+        f"over {score.tokens:,} tokens of held-out documents"
+    )
+    print(f"bits per byte: {score.bits_per_byte:.3f} model")
+    row = {records.STEP: result.step, **dataclasses.asdict(score)}
+    for name, field, bits in (
+        ("unigram", records.UNIGRAM_BITS_PER_BYTE, result.unigram),
+        ("bigram", records.BIGRAM_BITS_PER_BYTE, result.bigram),
+    ):
+        if bits is not None:
+            print(f"               {bits:.3f} {name}")
+            row[field] = bits
+    _write_result(args, trained.assembly.config, [row])
+    return DONE
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continue the prompts."""
+    from jaxscale import runtime, workdir
+
+    folder = _needed_workdir(args)
+    from jaxscale.bundle.sampling import Sampling
+
+    for prompt in args.prompt:
+        if prompt.encode(errors="replace").decode() != prompt:
+            raise ConfigError(f"--prompt={prompt!r} is not UTF-8 text")
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+    )
+    config = _given_config(args)
+    runtime.start((config or workdir.read_config(folder)).runtime, devices=args.devices)
+    from jaxscale.train.trained import generate_text, open_trained
+
+    trained = open_trained(folder, config, step=args.step, other_mesh=not _gives_mesh(args))
+    _show_notes(trained.notes)
+    texts = generate_text(trained, args.prompt, sampling)
+    if not runtime.is_primary():
+        return DONE
+    for prompt, text in zip(args.prompt, texts, strict=True):
+        print(prompt + text)
+    rows = [{"prompt": p, "text": t} for p, t in zip(args.prompt, texts, strict=True)]
+    _write_result(args, trained.assembly.config, rows)
+    return DONE
