@@ -122,6 +122,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     train = verb("train", verbs.train, "train, or resume the run in the workdir")
     train.add_argument("--allow-config-change", action="store_true", help="resume all the same")
+    instead = train.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--dry-run", action="store_true", help="compile and show shapes, shardings, bytes, FLOPs"
+    )
+    instead.add_argument(
+        "--smoke", action="store_true", help="learn one small batch by heart within a minute"
+    )
 
     evaluate = verb("evaluate", verbs.evaluate, "loss and bits per byte of a checkpoint")
     evaluate.add_argument("--step", type=int, help="checkpoint to read; default: the newest")

@@ -67,12 +67,14 @@ def print_config(args: argparse.Namespace) -> None:
     print(json.dumps(config_source.to_mapping(config), indent=2))
 
 
-def _write_result(args: argparse.Namespace, config: Config, rows: list[dict[str, Any]]) -> None:
+def _write_result(
+    args: argparse.Namespace, config: Config, rows: list[dict[str, Any]], *, kind: str = ""
+) -> None:
     if args.json:
         from jaxscale import runtime
 
         result = records.envelope(
-            args.verb,
+            kind or args.verb,
             rows,
             config=config_source.to_mapping(config),
             environment=runtime.describe(),
@@ -121,11 +123,15 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train or resume."""
+    """Train or resume, or try out what would be trained."""
     from jaxscale import runtime
 
-    folder = _needed_workdir(args)
     config = _needed_config(args)
+    if args.dry_run:
+        return _dry_run(args, config)
+    if args.smoke:
+        return _smoke(args, config)
+    folder = _needed_workdir(args)
     runtime.start(config.runtime, devices=args.devices)
     from jaxscale.console import counting
     from jaxscale.train import loop
@@ -157,6 +163,66 @@ def train(args: argparse.Namespace) -> int:
     else:
         print(f"done after step {result.step}; the run is in {folder}")
     return code
+
+
+def _dry_run(args: argparse.Namespace, config: Config) -> int:
+    from jaxscale import runtime
+
+    config = resolve(config)
+    runtime.start(config.runtime, devices=args.devices)
+    from rich.console import Console
+
+    from jaxscale.train.dry_run import dry_run, render
+
+    result = dry_run(config)
+    if runtime.is_primary():
+        Console().print(render(result))
+        _write_result(args, config, [dataclasses.asdict(result)], kind="dry_run")
+    if not result.fits:
+        _show_notes(
+            [
+                "the compiled step does not fit the device's memory; raise mesh.fsdp or "
+                "train.accumulation_steps, or lower train.global_batch_size or data.length"
+            ]
+        )
+    return DONE if result.fits else FAILED
+
+
+def _fake_devices() -> str:
+    """Return what must stand behind a speed that was measured on fake devices."""
+    import jax
+
+    fake = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    return "; fake devices: mechanics, not speed" if fake else ""
+
+
+def _smoke(args: argparse.Namespace, config: Config) -> int:
+    from jaxscale import runtime
+
+    config = resolve(config)
+    runtime.start(config.runtime, devices=args.devices)
+    from jaxscale.train import smoke
+
+    result = smoke.smoke(config, seconds=smoke.SECONDS)
+    if runtime.is_primary():
+        first, last, steps = result.losses[0], result.losses[-1], len(result.losses)
+        print(
+            f"{result.rows} sequences of {result.length} tokens: loss {first:.4f} at step 1, "
+            f"{last:.4f} at step {steps}\n"
+            f"{result.step_seconds:.3f} s per step, {result.tokens_per_second:,.0f} tokens/s, "
+            f"MFU {result.mfu:.1%} of {result.peak.flops_per_second:.3g} FLOP/s "
+            f"({result.peak.source}){_fake_devices()}"
+        )
+        _write_result(args, config, [dataclasses.asdict(result)], kind="smoke")
+    if not result.passed:
+        _show_notes(
+            [
+                "smoke test failed: the loss of one small batch did not fall; check "
+                f"optimizer.learning_rate={config.optimizer.learning_rate:g}, then try one "
+                "device, for a mesh must not change the loss"
+            ]
+        )
+    return DONE if result.passed else FAILED
 
 
 def evaluate(args: argparse.Namespace) -> int:

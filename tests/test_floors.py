@@ -35,7 +35,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "F4 programs": (
         "inference train.state train.step train.evaluate train.preemption train.start train.log "
-        "train.loop train.trained",
+        "train.loop train.trained train.dry_run train.smoke",
     ),
     "F5 around": (
         "export plan.memory plan.roofline plan.compile plan.rank",

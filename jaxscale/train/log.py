@@ -19,6 +19,7 @@ from jaxscale.model.cost import num_parameters, train_flops_per_token
 from jaxscale.optimizer import schedule_warning
 from jaxscale.train.evaluate import Evaluation
 from jaxscale.train.start import Run
+from jaxscale.train.step import program_bytes
 
 
 class StepLog:
@@ -180,16 +181,3 @@ class StepLog:
         for text in self._notes:
             self.note(text)
         self._notes.clear()
-
-
-def program_bytes(program: Any) -> int | None:
-    """Return the bytes a compiled program needs on each device: arguments, results, temporaries."""
-    memory = program.memory_analysis()
-    if memory is None:
-        return None
-    return int(
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )

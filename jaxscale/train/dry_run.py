@@ -1,0 +1,189 @@
+"""What a config would train, before anything long starts: arrays, shardings, bytes, FLOPs.
+
+Nothing is allocated and no data is read: the state is abstract, and the step is compiled as the
+real run would compile it. `jaxscale train --dry-run` shows it.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import psutil
+from jax.sharding import Mesh
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from jaxscale.config import Config
+from jaxscale.model.cost import num_parameters, train_flops_per_token
+from jaxscale.train.state import abstract_batch, abstract_state, assemble
+from jaxscale.train.step import compile_step, program_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRow:
+    """One parameter.
+
+    Attributes:
+      name: its path.
+      shape: whole, over all devices.
+      dtype: of the stored parameter.
+      axes: the logical axis of each dimension; None for one that no rule cuts.
+      sharding: the mesh axes that cut each dimension.
+      device_shape: the part that one device holds.
+      device_bytes: of that part.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+    sharding: tuple[str, ...]
+    device_shape: tuple[int, ...]
+    device_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """A training program that was compiled and not run; bytes are per device.
+
+    Attributes:
+      mesh: size of each mesh axis.
+      device_kind: of the devices, as they name themselves.
+      parameters: one row per parameter, in the order of their names.
+      num_parameters: scalars in all of them.
+      params_bytes: parameters.
+      optimizer_bytes: optimizer state.
+      batch_bytes: one global batch.
+      step_bytes: what the compiled step needs: state, batch, results and temporaries.
+      device_bytes: memory there is; on CPUs an equal share of the host's.
+      tokens_per_step: over all devices.
+      model_flops_per_step: over all devices; docs/design.md has the formula.
+      compile_seconds: time the compiler took, or the compile cache.
+    """
+
+    mesh: dict[str, int]
+    device_kind: str
+    parameters: tuple[ArrayRow, ...]
+    num_parameters: int
+    params_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+    step_bytes: int | None
+    device_bytes: int
+    tokens_per_step: int
+    model_flops_per_step: float
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step's bytes are within the device's memory, or nobody knows."""
+        return self.step_bytes is None or self.step_bytes <= self.device_bytes
+
+
+def dry_run(config: Config) -> DryRun:
+    """Compile the step of a resolved config on the devices at hand.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, the model or the batch.
+    """
+    assembly = assemble(config)
+    state = abstract_state(assembly)
+    start = time.perf_counter()
+    program = compile_step(assembly)
+    seconds = time.perf_counter() - start
+    tokens = config.train.global_batch_size * config.data.length
+    return DryRun(
+        mesh=dict(assembly.mesh.shape),
+        device_kind=assembly.mesh.devices.flat[0].device_kind,
+        parameters=tuple(_rows(state.params, assembly.definition.axes)),
+        num_parameters=num_parameters(state.params),
+        params_bytes=_device_bytes(state.params),
+        optimizer_bytes=_device_bytes(state.optimizer),
+        batch_bytes=_device_bytes(abstract_batch(assembly)),
+        step_bytes=program_bytes(program),
+        device_bytes=_memory(assembly.mesh),
+        tokens_per_step=tokens,
+        model_flops_per_step=tokens * train_flops_per_token(config.model, config.data.length),
+        compile_seconds=seconds,
+    )
+
+
+def _rows(params: Any, axes: Any) -> Iterator[ArrayRow]:
+    names = jax.tree.leaves(axes, is_leaf=lambda value: isinstance(value, tuple))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), logical in zip(leaves, names, strict=True):
+        spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
+        yield ArrayRow(
+            name=jax.tree_util.keystr(path, simple=True, separator="/"),
+            shape=leaf.shape,
+            dtype=str(leaf.dtype),
+            axes=logical,
+            sharding=tuple(",".join(_names(part)) for part in spec),
+            device_shape=leaf.sharding.shard_shape(leaf.shape),
+            device_bytes=_device_bytes(leaf),
+        )
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def _device_bytes(tree: Any) -> int:
+    """Return the bytes that one device holds of a pytree of abstract arrays."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _memory(mesh: Mesh) -> int:
+    """Return the memory of the smallest local device, in bytes."""
+    local = mesh.local_devices
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in local]
+    return int(min(limits) or psutil.virtual_memory().total // len(local))
+
+
+def render(result: DryRun) -> Group:
+    """Lay a dry run out for a terminal: a table of parameters, then the totals."""
+    table = Table("parameter", "dimensions / mesh axes", "on each device", box=SIMPLE_HEAD)
+    for row in result.parameters:
+        cells = (row.name, ", ".join(_dimensions(row)), _bytes(row.device_bytes))
+        table.add_row(*map(Text, cells))
+    totals = Table(box=None, show_header=False)
+    for name, value in _totals(result):
+        totals.add_row(Text(name), Text(value))
+    return Group(table, totals)
+
+
+def _totals(result: DryRun) -> Iterator[tuple[str, str]]:
+    sizes = " ".join(f"{axis}={size}" for axis, size in result.mesh.items() if size > 1)
+    dtypes = ", ".join(sorted({row.dtype for row in result.parameters}))
+    yield "mesh", f"{sizes or 'one device'}, {result.device_kind}"
+    yield "parameters", f"{result.num_parameters:,} in {dtypes}"
+    yield "parameters per device", _bytes(result.params_bytes)
+    yield "optimizer state per device", _bytes(result.optimizer_bytes)
+    yield "batch per device", _bytes(result.batch_bytes)
+    step = "unknown" if result.step_bytes is None else _bytes(result.step_bytes)
+    yield "compiled step per device", f"{step} of {_bytes(result.device_bytes)}"
+    yield "tokens per step", f"{result.tokens_per_step:,}"
+    yield "model FLOPs per step", f"{result.model_flops_per_step:.3g}"
+    yield "compiled in", f"{result.compile_seconds:.1f} s"
+
+
+def _dimensions(row: ArrayRow) -> Iterator[str]:
+    """Yield "128 embed/fsdp" and the like: size, logical axis, and the mesh axes that cut it."""
+    for size, axis, mesh_axes in zip(row.shape, row.axes, row.sharding, strict=True):
+        # A space at which no line is broken.
+        name = f"{size}\u00a0{axis}" if axis else str(size)
+        yield f"{name}/{mesh_axes}" if mesh_axes else name
+
+
+def _bytes(count: float) -> str:
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log2(max(count, 1)) // 10), len(units) - 1)
+    return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"
