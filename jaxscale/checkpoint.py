@@ -1,22 +1,27 @@
 """Checkpoints: three items per step, written in the background and read onto any mesh (Orbax).
 
 `workdir/checkpoints/STEP/` holds `params` (a plain nested dict), `optimizer` (any pytree) and
-`meta` (JSON). A step appears only when all of it is on disk. Neither the model nor the optimizer
-library is needed here: a restore is told by abstract arrays what to make, and where.
+`meta` (JSON). A step appears only when all of it is on disk, and nothing is read of a step that
+does not fit its manifest. Neither the model nor the optimizer library is needed here: a restore is
+told by abstract arrays what to make, and where.
 """
 
 import dataclasses
+import itertools
+import json
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from jaxscale import records
+from jaxscale import manifest, records, runtime
 from jaxscale.config import CheckpointConfig, ConfigError
 
 PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
@@ -24,6 +29,11 @@ PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
 # Orbax shares the writing of a replicated array among its replicas by slicing it on the devices.
 # Each shape compiles a program for that, which is worth its time for large arrays only.
 SHARED_WRITE_BYTES = 64 * 2**20
+# How long the other processes wait while the primary one reads a checkpoint to verify it.
+VERIFY_TIMEOUT_SECONDS = 3600
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_barriers = itertools.count()
+TEMPORARY_SUFFIX = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +44,21 @@ class Restored:
     params: Any
     optimizer: Any
     meta: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Newest:
+    """The newest step that is whole, and what is wrong with each newer one."""
+
+    step: int
+    damaged: Mapping[int, str]
+
+    def notes(self) -> list[str]:
+        """Return a line about each damaged step."""
+        return [
+            f"checkpoint of step {step} is damaged ({damage}); going on from step {self.step}"
+            for step, damage in self.damaged.items()
+        ]
 
 
 class Checkpointer:
@@ -52,6 +77,9 @@ class Checkpointer:
         read_only: bool = False,
     ) -> None:
         self.directory = _directory(workdir)
+        self._verify = config.verify
+        self._damage: dict[int, str | None] = {}
+        self._saving: int | None = None
         self._manager: ocp.CheckpointManager | None = None
         if not read_only:
             self._manager = ocp.CheckpointManager(
@@ -62,7 +90,9 @@ class Checkpointer:
                     META: ocp.JsonCheckpointHandler(),
                 },
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_keep(config), cleanup_tmp_directories=True
+                    preservation_policy=_keep(config),
+                    cleanup_tmp_directories=True,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
                 ),
             )
 
@@ -82,6 +112,8 @@ class Checkpointer:
         start = time.monotonic()
         # The manager's own list is the same on every process at every moment; the disk is not.
         if step not in self._manager.all_steps():
+            self._manager.wait_until_finished()
+            self._saving = step
             items = {
                 PARAMS: ocp.args.PyTreeSave(params),
                 OPTIMIZER: ocp.args.PyTreeSave(optimizer),
@@ -90,6 +122,19 @@ class Checkpointer:
             # Without `force` a step below the newest would be skipped in silence.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         return time.monotonic() - start
+
+    def _seal(self) -> None:
+        """Write the manifest of the step under way.
+
+        Orbax calls this on the primary process, in the thread that saves, when all items are on
+        disk and before it gives the folder its final name.
+        """
+        assert self._saving is not None
+        final = self.directory / str(self._saving)
+        temporary = self.directory / f"{final.name}{TEMPORARY_SUFFIX}"
+        # A store that cannot rename has no temporary name.
+        folder = temporary if temporary.exists() else final
+        manifest.write_manifest(folder, self._saving, self._verify)
 
     def wait(self) -> None:
         """Return when the save under way is on disk; raise what made it fail."""
@@ -103,18 +148,40 @@ class Checkpointer:
             self._manager = None
 
     def all_steps(self) -> list[int]:
-        """Return the steps on disk, oldest first; a save that is under way is not among them."""
-        if not self.directory.exists():
-            return []
-        names = ocp.path.step.standard_name_format()
-        return sorted(found.step for found in names.find_all(self.directory))
+        """Return the steps on disk, oldest first, whole or damaged; not one that is under way."""
+        return _numbers(self.directory)
 
-    def latest_step(self) -> int | None:
-        """Return the newest step on disk, None if there is none."""
-        return max(self.all_steps(), default=None)
+    def newest(self) -> Newest | None:
+        """Return the newest step that is whole; None where no step was ever saved.
+
+        Raises:
+          ConfigError: there are steps, and all of them are damaged.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(_from_primary(self.all_steps)):
+            damage = self._find_damage(step)
+            if damage is None:
+                return Newest(step, damaged)
+            damaged[step] = damage
+        if not damaged:
+            return None
+        found = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
+        raise ConfigError(
+            f"every checkpoint in {self.directory} is damaged ({found}); put back what is missing, "
+            "or take a new workdir, or move them away to start anew"
+        )
+
+    def _find_damage(self, step: int) -> str | None:
+        """Verify a step once; all processes get the answer of the primary one."""
+        if step not in self._damage:
+            folder = self.directory / str(step)
+            self._damage[step] = _from_primary(
+                lambda: manifest.find_damage(folder, step, self._verify)
+            )
+        return self._damage[step]
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """Read the JSON item of a step."""
+        """Read the JSON item of a step; errors as for `restore`."""
         return dict(ocp.JsonCheckpointHandler().restore(self._step_directory(step) / META))
 
     def restore(self, step: int, *, params: Any, optimizer: Any) -> Restored:
@@ -126,7 +193,7 @@ class Checkpointer:
           optimizer: the same for the optimizer's state.
 
         Raises:
-          ConfigError: no such step, or other names or shapes than those asked for.
+          ConfigError: no such step, a damaged one, or other names or shapes than those asked for.
         """
         return Restored(
             step=step,
@@ -151,18 +218,40 @@ class Checkpointer:
         if step not in steps:
             found = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"no checkpoint of step {step} in {self.directory}; found: {found}")
+        _raise_if(self._find_damage(step), self.directory / str(step))
         return self.directory / str(step)
+
+
+def set_aside(workdir: str | os.PathLike[str], steps: Iterable[int]) -> list[str]:
+    """Rename damaged steps so that they can be saved again, and return what happened, in words.
+
+    Every process calls it, before a writer of the workdir is made; the primary one renames.
+    """
+    directory = _directory(workdir)
+
+    def rename() -> list[str]:
+        done = []
+        for step in steps:
+            taken = len(list(directory.glob(f"{step}.damaged-*")))
+            name = f"{step}.damaged-{taken + 1}"
+            (directory / str(step)).rename(directory / name)
+            done.append(f"{directory / str(step)} has become {name}")
+        return done
+
+    return list(_from_primary(rename))
 
 
 def read_params(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the parameters of `workdir/checkpoints/STEP` as a nested dict of numpy arrays.
 
     Raises:
-      ConfigError: there is no checkpoint at `path`.
+      ConfigError: there is no checkpoint at `path`, or a damaged one.
     """
-    params = epath.Path(path) / PARAMS
-    if not params.exists():
+    folder = epath.Path(path)
+    if not _STEP.fullmatch(folder.name) or not folder.exists():
         raise ConfigError(f"no checkpoint at {path}; give a folder like WORKDIR/checkpoints/100")
+    _raise_if(manifest.find_damage(folder, int(folder.name), "auto"), folder)
+    params = folder / PARAMS
     handler = ocp.PyTreeCheckpointHandler()
     tree = handler.metadata(params).tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -173,6 +262,31 @@ def _directory(workdir: str | os.PathLike[str]) -> epath.Path:
     """Return the checkpoint folder of a workdir that may be local, gs:// or s3://."""
     text = os.fspath(workdir)
     return epath.Path(text if "://" in text else os.path.abspath(text)) / records.CHECKPOINTS_DIR
+
+
+def _numbers(directory: epath.Path) -> list[int]:
+    """Return the steps that the names in a folder speak of, rising."""
+    if not directory.exists():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name))
+
+
+def _raise_if(damage: str | None, folder: epath.Path) -> None:
+    if damage is not None:
+        raise ConfigError(f"checkpoint {folder} is damaged ({damage}); choose another step")
+
+
+def _from_primary(make: Callable[[], Any]) -> Any:
+    """Return on every process the JSON value that the primary one makes out of the disk."""
+    if jax.process_count() == 1:
+        return make()
+    text = json.dumps(make()).encode() if runtime.is_primary() else b""
+    # A collective would not wait for as long as it may take to read a checkpoint.
+    wait = ocp.multihost.get_barrier_sync_fn()
+    wait(key=f"jaxscale_from_primary_{next(_barriers)}", timeout_ms=VERIFY_TIMEOUT_SECONDS * 1000)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.frombuffer(text.ljust(size), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 def _writer() -> ocp.PyTreeCheckpointHandler:

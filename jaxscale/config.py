@@ -218,6 +218,12 @@ class CheckpointConfig:
     keep_every: int = knob(
         0, "also keep each multiple of so many steps; 0 = none", minimum=0, free=True
     )
+    verify: str = knob(
+        "auto",
+        "what is hashed at a save and checked before a read; auto = full up to 1 GiB, then sizes",
+        choices=("auto", "sizes", "full"),
+        free=True,
+    )
     restore_from: str = knob("", "workdir to continue from where this one is empty", free=True)
     init_from: str = knob("", "workdir whose parameters alone are taken at step 0", free=True)
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxscale.checkpoint import Checkpointer, read_params
+from jaxscale.checkpoint import Checkpointer, Newest, read_params
 from jaxscale.config import CheckpointConfig, ConfigError
 
 SHAPES = {"embed": (64, 32), "layers": {"query": (4, 32, 16), "scale": (4, 32)}}
@@ -157,7 +157,7 @@ def test_keep(tmp_path: pathlib.Path, keep_last: int, keep_every: int, kept: lis
     with Checkpointer(tmp_path, config) as checkpointer:
         save(checkpointer, 1, 2, 3, 4, 5, 6)
         assert checkpointer.all_steps() == kept
-        assert checkpointer.latest_step() == 6
+        assert checkpointer.newest() == Newest(6, {})
 
 
 def test_a_failed_save_is_raised_and_not_listed(tmp_path: pathlib.Path) -> None:
@@ -174,7 +174,7 @@ def test_a_failed_save_is_raised_and_not_listed(tmp_path: pathlib.Path) -> None:
 
 def test_an_empty_workdir_has_no_steps(tmp_path: pathlib.Path) -> None:
     reader = Checkpointer(tmp_path / "nowhere", CheckpointConfig(), read_only=True)
-    assert reader.all_steps() == [] and reader.latest_step() is None
+    assert reader.all_steps() == [] and reader.newest() is None
     assert not (tmp_path / "nowhere").exists()
     with pytest.raises(ConfigError, match="no checkpoint of step 4 in .*; found: none"):
         reader.read_meta(4)
@@ -256,9 +256,12 @@ workdir, address, rank = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, int(rank), initialization_timeout=60)
-from jaxscale.checkpoint import Checkpointer
+from jaxscale.checkpoint import Checkpointer, set_aside
 from jaxscale.config import CheckpointConfig
 
+newest = Checkpointer(workdir, CheckpointConfig(), read_only=True).newest()
+assert newest.step == 1 and "params/_METADATA has 0 bytes" in newest.damaged[2], newest
+assert len(set_aside(workdir, newest.damaged)) == 1
 mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Explicit,))
 spread = jax.sharding.NamedSharding(mesh, jax.P("fsdp"))
 abstract = {"w": jax.ShapeDtypeStruct((64, 32), np.float32, sharding=spread)}
@@ -278,7 +281,9 @@ def test_two_processes_continue_what_one_began(tmp_path: pathlib.Path) -> None:
     values = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
     arrays = {"w": jax.device_put(values, sharding(mesh, values.shape))}
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
-        checkpointer.save(1, params=arrays, optimizer=arrays, meta={})
+        for step in (1, 2):
+            checkpointer.save(step, params=arrays, optimizer=arrays, meta={})
+    (tmp_path / "checkpoints" / "2" / "params" / "_METADATA").write_text("")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -299,3 +304,4 @@ def test_two_processes_continue_what_one_began(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(np.asarray(restored.params["w"]), values * 2)
     np.testing.assert_array_equal(np.asarray(restored.optimizer["w"]), values)
     assert restored.meta == {"processes": 2}
+    assert (tmp_path / "checkpoints" / "2.damaged-1").exists()

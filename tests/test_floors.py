@@ -31,11 +31,11 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "F3 services": (
         "data.python_stdlib data.sources data.tokenizer data.token_cache data.prepare data.loader "
         "data.ngram",
-        "workdir optimizer checkpoint metrics goodput profiling console huggingface",
+        "workdir optimizer manifest checkpoint metrics goodput profiling console huggingface",
     ),
     "F4 programs": (
-        "inference train.state train.step train.evaluate train.preemption train.start train.log "
-        "train.loop train.trained train.dry_run train.smoke",
+        "inference train.state train.step train.evaluate train.preemption train.restore "
+        "train.start train.log train.loop train.trained train.dry_run train.smoke",
     ),
     "F5 around": (
         "export plan.memory plan.roofline plan.compile plan.rank",

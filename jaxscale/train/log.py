@@ -60,6 +60,8 @@ class StepLog:
     def __enter__(self) -> Self:
         self._console.__enter__()
         config, loader = self.run.assembly.config, self.run.loader
+        for note in self.run.notes:
+            self.note(note)
         self.note(f"{self.run.folder}: starting from {self.run.origin}")
         self.note(
             f"{num_parameters(self.run.state.params):,} parameters, "

@@ -70,16 +70,17 @@ def train(
     folder = workdir.check_writable(folder)
     goodput = Goodput(folder, primary=runtime.is_primary())
     with contextlib.ExitStack() as stack:
+        stop = StopRequest()
         with goodput.measure(records.INIT_SECONDS):
             run = open_run(
                 config,
                 folder,
                 allow_config_change=allow_config_change,
                 progress=progress,
+                # Reading the state and compiling may take minutes: a request meanwhile is kept.
+                when_prepared=lambda: stack.enter_context(stop),
             )
         stack.enter_context(run.checkpointer)
-        # Before the compile, which may take minutes: a request in the middle of it is kept.
-        stop = stack.enter_context(StopRequest())
         with goodput.measure(records.COMPILE_SECONDS):
             program = compile_step(run.assembly)
         with goodput.measure(records.INIT_SECONDS):

@@ -1,20 +1,13 @@
 """From a config and a workdir to a run that is ready for its next step: checks, data, state.
 
-Every user's mistake shows here, before anything compiles. The state comes from the first of: this
-workdir's newest checkpoint; `checkpoint.restore_from`; `checkpoint.init_from` (parameters alone);
-nothing.
+Every user's mistake shows here, before anything compiles. `restore.py` knows where the state comes
+from.
 """
 
-import contextlib
 import dataclasses
-import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import config_source, records, runtime, workdir
 from jaxscale.checkpoint import Checkpointer
@@ -24,7 +17,15 @@ from jaxscale.data.prepare import Progress, prepare
 from jaxscale.data.token_cache import TokenCache
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.resolve import fill, validate
-from jaxscale.train.state import Assembly, TrainState, abstract_state, assemble, init_state
+from jaxscale.train.restore import (
+    Source,
+    check_tokenizer,
+    find_source,
+    first_state,
+    make_way,
+    optimizer_item,
+)
+from jaxscale.train.state import Assembly, TrainState, assemble
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Run:
       state: to go on from.
       origin: where the state came from, in words.
       environment: versions, devices and host.
+      notes: what a person should know, such as a damaged checkpoint.
     """
 
     assembly: Assembly
@@ -50,6 +52,7 @@ class Run:
     state: TrainState
     origin: str
     environment: dict[str, Any]
+    notes: list[str]
 
 
 def open_data(assembly: Assembly, progress: Progress | None = None) -> tuple[Tokenizer, Loader]:
@@ -77,6 +80,7 @@ def open_run(
     *,
     allow_config_change: bool = False,
     progress: Progress | None = None,
+    when_prepared: Callable[[], object] = lambda: None,
 ) -> Run:
     """Check everything, prepare the data, and restore or make the state.
 
@@ -85,30 +89,32 @@ def open_run(
       folder: the workdir, which can be written.
       allow_config_change: go on in a workdir whose config differs.
       progress: told of the documents prepared.
+      when_prepared: called between the data, whose preparation can be broken off at any time, and
+        the state.
 
     Raises:
-      ConfigError: a user's mistake, in one line.
+      ConfigError: a user's mistake, or damage that leaves nothing to go on from, in one line.
     """
     resolved = resolve_for(config, folder)
     config, origin = resolved.config, resolved.origin
     if resolved.previous and not allow_config_change:
         workdir.check_same_run(resolved.previous, config, origin or folder)
     assembly = assemble(config)
-    _check_steps(origin, config)
+    source = find_source(config, folder)
+    _check_steps(source, config)
     tokenizer, loader = open_data(assembly, progress)
-    if origin and not allow_config_change:
-        _check_same_data(origin, config, tokenizer, loader)
+    when_prepared()
+    if not allow_config_change:
+        _check_same_data(source, config, tokenizer, loader)
     check_samples(config)
     environment = runtime.describe()
+    state, words = first_state(assembly, source, tokenizer)
+    # Last, so that a run that could not start leaves the workdir as it was.
+    notes = make_way(source, folder)
+    if runtime.is_primary():
+        workdir.write_config(folder, config, environment)
     checkpointer = Checkpointer(folder, config.checkpoint)
-    with contextlib.ExitStack() as undo:
-        undo.enter_context(checkpointer)
-        state, words = first_state(assembly, checkpointer, tokenizer)
-        # Last, so that a run that could not start leaves the workdir as it was.
-        if runtime.is_primary():
-            workdir.write_config(folder, config, environment)
-        undo.pop_all()
-    return Run(assembly, folder, tokenizer, loader, checkpointer, state, words, environment)
+    return Run(assembly, folder, tokenizer, loader, checkpointer, state, words, environment, notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +154,7 @@ def resolve_for(config: Config, folder: str | pathlib.Path) -> Resolved:
 
 def _origin(config: Config, folder: str | pathlib.Path) -> str:
     """Return the workdir of the run that this one goes on with: its own, another, or none."""
-    if _reader(folder, config).latest_step() is not None:
+    if Checkpointer(folder, config.checkpoint, read_only=True).all_steps():
         return str(folder)
     other = config.checkpoint.restore_from
     if other and workdir.previous_config(other) is None:
@@ -156,55 +162,26 @@ def _origin(config: Config, folder: str | pathlib.Path) -> str:
     return other
 
 
-def _reader(folder: str | pathlib.Path, config: Config) -> Checkpointer:
-    return Checkpointer(folder, config.checkpoint, read_only=True)
-
-
-def _check_steps(origin: str, config: Config) -> None:
-    done = _reader(origin, config).latest_step() if origin else None
-    if done is not None and done > config.train.steps:
+def _check_steps(source: Source | None, config: Config) -> None:
+    if source and source.goes_on and source.step > config.train.steps:
         raise ConfigError(
-            f"train.steps={config.train.steps} is less than the {done} steps that the run in "
-            f"{origin} has done; raise it, or take a new workdir"
+            f"train.steps={config.train.steps} is less than the {source.step} steps that the run "
+            f"in {source.folder} has done; raise it, or take a new workdir"
         )
 
 
-def _check_same_data(origin: str, config: Config, tokenizer: Tokenizer, loader: Loader) -> None:
-    reader = _reader(origin, config)
-    meta = reader.read_meta(_newest(reader, "checkpoint.restore_from"))
+def _check_same_data(
+    source: Source | None, config: Config, tokenizer: Tokenizer, loader: Loader
+) -> None:
+    if source is None or not source.goes_on:
+        return
+    meta = source.reader.read_meta(source.step)
     remedy = "restore it, or --allow-config-change to go on all the same"
-    check_tokenizer(config, tokenizer, meta, origin, remedy=remedy)
+    check_tokenizer(config, tokenizer, meta, source.folder, remedy=remedy)
     if meta["data"] != loader.cache.fingerprint:
         raise ConfigError(
-            f"data.source={config.data.source} has changed since the run in {origin} began; "
+            f"data.source={config.data.source} has changed since the run in {source.folder} began; "
             f"{remedy}"
-        )
-
-
-def check_tokenizer(
-    config: Config,
-    tokenizer: Tokenizer,
-    meta: Mapping[str, Any],
-    origin: str | os.PathLike[str],
-    *,
-    remedy: str = "restore it",
-) -> None:
-    """Check that a tokenizer is the one that a checkpoint's model has learnt to read.
-
-    Args:
-      config: names the tokenizer.
-      tokenizer: of the config.
-      meta: of the checkpoint.
-      origin: workdir of the checkpoint.
-      remedy: what the user can do.
-
-    Raises:
-      ConfigError: it is another.
-    """
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the run in {origin} "
-            f"began with; {remedy}"
         )
 
 
@@ -216,61 +193,6 @@ def check_samples(config: Config) -> None:
     """
     if config.train.sample_every and not config.train.sample_prompt:
         raise ConfigError("train.sample_prompt is empty; give it text or set train.sample_every=0")
-
-
-def first_state(
-    assembly: Assembly, checkpointer: Checkpointer, tokenizer: Tokenizer
-) -> tuple[TrainState, str]:
-    """Return the state to start from, and where it came from in words."""
-    config = assembly.config.checkpoint
-    step = checkpointer.latest_step()
-    if step is not None:
-        return restore_state(assembly, checkpointer, step), f"checkpoint of step {step}"
-    if config.restore_from:
-        other = _reader(config.restore_from, assembly.config)
-        step = _newest(other, "checkpoint.restore_from")
-        return restore_state(assembly, other, step), f"step {step} of {config.restore_from}"
-    if config.init_from:
-        other = _reader(config.init_from, assembly.config)
-        step = _newest(other, "checkpoint.init_from")
-        check_tokenizer(assembly.config, tokenizer, other.read_meta(step), config.init_from)
-        differences = config_source.model_changes(
-            workdir.read_config(config.init_from), assembly.config
-        )
-        params = other.restore_params(step, assembly.definition.abstract(assembly.mesh))
-        words = f"parameters of step {step} of {config.init_from}{differences}"
-        return init_state(assembly, params), words
-    return init_state(assembly), "new parameters"
-
-
-def _newest(checkpointer: Checkpointer, knob: str) -> int:
-    step = checkpointer.latest_step()
-    if step is None:
-        raise ConfigError(f"{knob}: no checkpoint in {checkpointer.directory}")
-    return step
-
-
-def restore_state(assembly: Assembly, checkpointer: Checkpointer, step: int) -> TrainState:
-    """Read the state of a step onto the assembly's mesh, whatever mesh wrote it."""
-    abstract = abstract_state(assembly)
-    found = checkpointer.restore(step, params=abstract.params, optimizer=optimizer_item(abstract))
-    replicated = NamedSharding(assembly.mesh, PartitionSpec())
-    return TrainState(
-        step=jax.device_put(jnp.int32(step), replicated),
-        params=found.params,
-        optimizer=found.optimizer["state"],
-        skipped_steps=found.optimizer["skipped_steps"],
-        skipped_in_a_row=found.optimizer["skipped_in_a_row"],
-    )
-
-
-def optimizer_item(state: TrainState) -> dict[str, Any]:
-    """Return the checkpoint's `optimizer` item: all of the state but step and parameters."""
-    return {
-        "state": state.optimizer,
-        "skipped_steps": state.skipped_steps,
-        "skipped_in_a_row": state.skipped_in_a_row,
-    }
 
 
 def save_state(run: Run, state: TrainState, step: int) -> float:

@@ -18,7 +18,8 @@ from jaxscale.model.decoder import Params
 from jaxscale.parallel.mesh import ONE_DEVICE, SPREAD
 from jaxscale.resolve import resolve
 from jaxscale.train.evaluate import Evaluation, evaluate
-from jaxscale.train.start import check_tokenizer, open_data
+from jaxscale.train.restore import check_tokenizer
+from jaxscale.train.start import open_data
 from jaxscale.train.state import Assembly, assemble
 
 
@@ -50,7 +51,7 @@ def open_trained(
     step: int | None = None,
     other_mesh: bool = True,
 ) -> Trained:
-    """Load the parameters of a workdir's newest step, or of `step`.
+    """Load the parameters of a workdir's newest whole step, or of `step`.
 
     Args:
       folder: the workdir.
@@ -59,7 +60,8 @@ def open_trained(
       other_mesh: where the config's mesh does not fit the devices at hand, take one that does.
 
     Raises:
-      ConfigError: the folder holds no run, or no such step; another tokenizer than the run's.
+      ConfigError: the folder holds no run, or no such step; the step, or each that there is, is
+        damaged; another tokenizer than the run's.
     """
     own = workdir.read_config(folder)
     config = resolve(config or own)
@@ -68,9 +70,12 @@ def open_trained(
     if different:
         notes.append(f"reading the model of {folder}{different}")
     checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
-    step = checkpointer.latest_step() if step is None else step
     if step is None:
-        raise ConfigError(f"--workdir={folder} has no checkpoint yet; run jaxscale train first")
+        newest = checkpointer.newest()
+        if newest is None:
+            raise ConfigError(f"--workdir={folder} has no checkpoint yet; run jaxscale train first")
+        step = newest.step
+        notes.extend(newest.notes())
     meta = checkpointer.read_meta(step)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_tokenizer(config, tokenizer, meta, folder)

@@ -1,0 +1,153 @@
+"""Where the state of a run comes from, and the form it has in a checkpoint.
+
+It is the first that exists of: this workdir's newest whole checkpoint; that of
+`checkpoint.restore_from`; the parameters alone of `checkpoint.init_from`; new parameters. A damaged
+checkpoint is passed over with a note; where nothing else is left, it is an error.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxscale import config_source, workdir
+from jaxscale.checkpoint import Checkpointer, set_aside
+from jaxscale.config import Config, ConfigError
+from jaxscale.data.tokenizer import Tokenizer
+from jaxscale.train.state import Assembly, TrainState, abstract_state, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A verified checkpoint to start from.
+
+    Attributes:
+      folder: workdir that it lies in.
+      step: steps that it has done.
+      reader: reads the checkpoints of that workdir.
+      words: where the state comes from.
+      goes_on: whether the run goes on with all of it; else it takes the parameters alone.
+      damaged: newer steps of that workdir, with what is wrong with each.
+      notes: a line about each of them.
+    """
+
+    folder: str
+    step: int
+    reader: Checkpointer
+    words: str
+    goes_on: bool
+    damaged: Mapping[int, str]
+    notes: list[str]
+
+
+def find_source(config: Config, folder: str | os.PathLike[str]) -> Source | None:
+    """Return the checkpoint that a run in a workdir starts from; None for new parameters.
+
+    Raises:
+      ConfigError: a knob names a workdir without a checkpoint; all that there are are damaged.
+    """
+    knobs = config.checkpoint
+    for place, knob, words in (
+        (os.fspath(folder), "", "checkpoint of step {step}"),
+        (knobs.restore_from, "checkpoint.restore_from", "step {step} of {place}"),
+        (knobs.init_from, "checkpoint.init_from", "parameters of step {step} of {place}"),
+    ):
+        if not place:
+            continue
+        reader = Checkpointer(place, knobs, read_only=True)
+        newest = reader.newest()
+        if newest is not None:
+            return Source(
+                folder=place,
+                step=newest.step,
+                reader=reader,
+                words=words.format(step=newest.step, place=place),
+                goes_on=knob != "checkpoint.init_from",
+                damaged=newest.damaged,
+                notes=newest.notes(),
+            )
+        if knob:
+            raise ConfigError(f"{knob}: no checkpoint in {reader.directory}")
+    return None
+
+
+def make_way(source: Source | None, folder: str | os.PathLike[str]) -> list[str]:
+    """Move damaged checkpoints of a run's own workdir aside, and return all notes about damage."""
+    if source is None:
+        return []
+    own = source.folder == os.fspath(folder)
+    return [*source.notes, *(set_aside(folder, source.damaged) if own and source.damaged else [])]
+
+
+def first_state(
+    assembly: Assembly, source: Source | None, tokenizer: Tokenizer
+) -> tuple[TrainState, str]:
+    """Return the state to start from, and where it came from in words.
+
+    Raises:
+      ConfigError: the parameters do not fit the model, or learnt another tokenizer.
+    """
+    if source is None:
+        return init_state(assembly), "new parameters"
+    if source.goes_on:
+        return restore_state(assembly, source.reader, source.step), source.words
+    config = assembly.config
+    check_tokenizer(config, tokenizer, source.reader.read_meta(source.step), source.folder)
+    differences = config_source.model_changes(workdir.read_config(source.folder), config)
+    abstract = assembly.definition.abstract(assembly.mesh)
+    params = source.reader.restore_params(source.step, abstract)
+    return init_state(assembly, params), f"{source.words}{differences}"
+
+
+def check_tokenizer(
+    config: Config,
+    tokenizer: Tokenizer,
+    meta: Mapping[str, Any],
+    origin: str | os.PathLike[str],
+    *,
+    remedy: str = "restore it",
+) -> None:
+    """Check that a tokenizer is the one that a checkpoint's model has learnt to read.
+
+    Args:
+      config: names the tokenizer.
+      tokenizer: of the config.
+      meta: of the checkpoint.
+      origin: workdir of the checkpoint.
+      remedy: what the user can do.
+
+    Raises:
+      ConfigError: it is another.
+    """
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} is not the tokenizer that the run in {origin} "
+            f"began with; {remedy}"
+        )
+
+
+def restore_state(assembly: Assembly, reader: Checkpointer, step: int) -> TrainState:
+    """Read the state of a step onto the assembly's mesh, whatever mesh wrote it."""
+    abstract = abstract_state(assembly)
+    found = reader.restore(step, params=abstract.params, optimizer=optimizer_item(abstract))
+    replicated = NamedSharding(assembly.mesh, PartitionSpec())
+    return TrainState(
+        step=jax.device_put(jnp.int32(step), replicated),
+        params=found.params,
+        optimizer=found.optimizer["state"],
+        skipped_steps=found.optimizer["skipped_steps"],
+        skipped_in_a_row=found.optimizer["skipped_in_a_row"],
+    )
+
+
+def optimizer_item(state: TrainState) -> dict[str, Any]:
+    """Return the checkpoint's `optimizer` item: all of the state but step and parameters."""
+    return {
+        "state": state.optimizer,
+        "skipped_steps": state.skipped_steps,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }
