@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte on the documents held apart."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -59,6 +60,7 @@ def evaluate(
     *,
     score: Callable[[Params, Batch], Any] | None = None,
     num_batches: int = 0,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score the first `num_batches` validation batches, or all for 0.
 
@@ -68,12 +70,15 @@ def evaluate(
       loader: gives the batches.
       score: from `compile_evaluation`, to compile once for many evaluations.
       num_batches: batches of train.global_batch_size sequences.
+      before_batch: called before each; what it raises ends the evaluation.
     """
     score = score or compile_evaluation(assembly)
     nats, tokens = 0.0, 0.0
     pending: list[Any] = []
-    with jax.set_mesh(assembly.mesh):
-        for batch in loader.evaluation_batches(num_batches):
+    batches = loader.evaluation_batches(num_batches)
+    with jax.set_mesh(assembly.mesh), contextlib.closing(batches):
+        for batch in batches:
+            before_batch()
             pending.append(score(params, batch))
             # One batch behind, so that the device always has work.
             if len(pending) > 1:

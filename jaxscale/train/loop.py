@@ -21,7 +21,7 @@ from jaxscale.inference import Generator
 from jaxscale.profiling import StepProfiler
 from jaxscale.train.evaluate import Evaluation, compile_evaluation, evaluate
 from jaxscale.train.log import StepLog
-from jaxscale.train.preemption import StopRequest
+from jaxscale.train.preemption import StoppedError, StopRequest
 from jaxscale.train.start import Run, open_run, save_state
 from jaxscale.train.state import TrainState
 from jaxscale.train.step import compile_step
@@ -91,7 +91,7 @@ def train(
 def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResult:
     config, goodput = run.assembly.config, log.goodput
     state, first = run.state, int(run.state.step)
-    aside = Aside(run, log)
+    aside = Aside(run, log, stop)
     previous: dict[str, jax.Array] | None = None
     batches: Generated[Any] = run.loader.batches(first)
     ending, step, bad_steps = DONE, first, 0
@@ -124,7 +124,12 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
         ending = NON_FINITE
     if ending != NON_FINITE:
         aside.save(state, step)
-    final = aside.evaluate(state, step) if ending == DONE else None
+    final = None
+    if ending == DONE:
+        try:
+            final = aside.evaluate(state, step)
+        except StoppedError:
+            ending = PREEMPTED
     with goodput.measure(records.CHECKPOINT_SECONDS):
         run.checkpointer.wait()
     return TrainResult(ending, step, log.loss, final)
@@ -133,8 +138,8 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
 class Aside:
     """What interrupts training: saves, evaluations and samples."""
 
-    def __init__(self, run: Run, log: StepLog) -> None:
-        self.run, self.log = run, log
+    def __init__(self, run: Run, log: StepLog, stop: StopRequest) -> None:
+        self.run, self.log, self.stop = run, log, stop
         assembly = run.assembly
         self._score = compile_evaluation(assembly)
         self._generator = Generator(
@@ -163,12 +168,18 @@ class Aside:
         """Evaluate and sample where it is due after `step` steps."""
         train = self.run.assembly.config.train
         if train.eval_every and step % train.eval_every == 0 and step < train.steps:
-            self.evaluate(state, step)
+            # The loop sees the request before its next step.
+            with contextlib.suppress(StoppedError):
+                self.evaluate(state, step)
         if train.sample_every and step % train.sample_every == 0:
             self._sample(state, step)
 
     def evaluate(self, state: TrainState, step: int) -> Evaluation | None:
-        """Score the validation windows, if there are any, and log the result."""
+        """Score the validation windows, if there are any, and log the result.
+
+        Raises:
+          StoppedError: a stop was asked for; nothing is logged.
+        """
         run = self.run
         if not len(run.loader.validation_windows):
             return None
@@ -179,6 +190,7 @@ class Aside:
                 run.loader,
                 score=self._score,
                 num_batches=run.assembly.config.train.eval_batches,
+                before_batch=self.stop.check,
             )
         self.log.evaluation(step, result)
         return result

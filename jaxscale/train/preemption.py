@@ -13,6 +13,10 @@ import jax
 from jax.experimental import multihost_utils
 
 
+class StoppedError(Exception):
+    """A stop was asked for in the middle of something that need not end."""
+
+
 class StopRequest:
     """Listens for signals while it is entered; the handlers before it come back at its exit."""
 
@@ -50,3 +54,11 @@ class StopRequest:
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._asked
+
+    def check(self) -> None:
+        """Raise StoppedError if a stop was asked for; between steps, where a loop need not wait.
+
+        Does nothing in a group, whose processes agree at steps alone.
+        """
+        if self._asked and jax.process_count() == 1:
+            raise StoppedError
