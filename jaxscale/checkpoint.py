@@ -149,7 +149,10 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """Return the steps on disk, oldest first, whole or damaged; not one that is under way."""
-        return _numbers(self.directory)
+        if not self.directory.exists():
+            return []
+        names = (path.name for path in self.directory.iterdir())
+        return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
     def newest(self) -> Newest | None:
         """Return the newest step that is whole; None where no step was ever saved.
@@ -232,8 +235,8 @@ def set_aside(workdir: str | os.PathLike[str], steps: Iterable[int]) -> list[str
     def rename() -> list[str]:
         done = []
         for step in steps:
-            taken = len(list(directory.glob(f"{step}.damaged-*")))
-            name = f"{step}.damaged-{taken + 1}"
+            names = (f"{step}.damaged-{number}" for number in itertools.count(1))
+            name = next(name for name in names if not (directory / name).exists())
             (directory / str(step)).rename(directory / name)
             done.append(f"{directory / str(step)} has become {name}")
         return done
@@ -262,13 +265,6 @@ def _directory(workdir: str | os.PathLike[str]) -> epath.Path:
     """Return the checkpoint folder of a workdir that may be local, gs:// or s3://."""
     text = os.fspath(workdir)
     return epath.Path(text if "://" in text else os.path.abspath(text)) / records.CHECKPOINTS_DIR
-
-
-def _numbers(directory: epath.Path) -> list[int]:
-    """Return the steps that the names in a folder speak of, rising."""
-    if not directory.exists():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name))
 
 
 def _raise_if(damage: str | None, folder: epath.Path) -> None:

@@ -24,7 +24,10 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
     try:
         values = records.read_json(path)
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}); give --config and train anew") from error
+        raise ConfigError(
+            f"{path} is damaged ({error}); take a new workdir, or write it again: "
+            f"{records.CHECKPOINTS_DIR}/STEP/meta/metadata has it under `config`"
+        ) from error
     return config_source.from_mapping(values)
 
 

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import config_source, workdir
-from jaxscale.checkpoint import Checkpointer, set_aside
+from jaxscale.checkpoint import Checkpointer, Newest, set_aside
 from jaxscale.config import Config, ConfigError
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.train.state import Assembly, TrainState, abstract_state, init_state
+
+INIT_FROM = "checkpoint.init_from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +29,32 @@ class Source:
 
     Attributes:
       folder: workdir that it lies in.
-      step: steps that it has done.
+      knob: what named that workdir; empty where it is the run's own.
       reader: reads the checkpoints of that workdir.
-      words: where the state comes from.
-      goes_on: whether the run goes on with all of it; else it takes the parameters alone.
-      damaged: newer steps of that workdir, with what is wrong with each.
-      notes: a line about each of them.
+      newest: the step to take, and the damaged ones after it.
     """
 
     folder: str
-    step: int
+    knob: str
     reader: Checkpointer
-    words: str
-    goes_on: bool
-    damaged: Mapping[int, str]
-    notes: list[str]
+    newest: Newest
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.newest.step
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run goes on with all of the state; else it takes the parameters alone."""
+        return self.knob != INIT_FROM
+
+    @property
+    def words(self) -> str:
+        """Where the state comes from."""
+        if not self.knob:
+            return f"checkpoint of step {self.step}"
+        return f"{'' if self.goes_on else 'parameters of '}step {self.step} of {self.folder}"
 
 
 def find_source(config: Config, folder: str | os.PathLike[str]) -> Source | None:
@@ -51,36 +64,28 @@ def find_source(config: Config, folder: str | os.PathLike[str]) -> Source | None
       ConfigError: a knob names a workdir without a checkpoint; all that there are are damaged.
     """
     knobs = config.checkpoint
-    for place, knob, words in (
-        (os.fspath(folder), "", "checkpoint of step {step}"),
-        (knobs.restore_from, "checkpoint.restore_from", "step {step} of {place}"),
-        (knobs.init_from, "checkpoint.init_from", "parameters of step {step} of {place}"),
+    for place, knob in (
+        (os.fspath(folder), ""),
+        (knobs.restore_from, "checkpoint.restore_from"),
+        (knobs.init_from, INIT_FROM),
     ):
         if not place:
             continue
         reader = Checkpointer(place, knobs, read_only=True)
         newest = reader.newest()
         if newest is not None:
-            return Source(
-                folder=place,
-                step=newest.step,
-                reader=reader,
-                words=words.format(step=newest.step, place=place),
-                goes_on=knob != "checkpoint.init_from",
-                damaged=newest.damaged,
-                notes=newest.notes(),
-            )
+            return Source(place, knob, reader, newest)
         if knob:
             raise ConfigError(f"{knob}: no checkpoint in {reader.directory}")
     return None
 
 
-def make_way(source: Source | None, folder: str | os.PathLike[str]) -> list[str]:
+def make_way(source: Source | None) -> list[str]:
     """Move damaged checkpoints of a run's own workdir aside, and return all notes about damage."""
     if source is None:
         return []
-    own = source.folder == os.fspath(folder)
-    return [*source.notes, *(set_aside(folder, source.damaged) if own and source.damaged else [])]
+    own = bool(source.newest.damaged) and not source.knob
+    return source.newest.notes() + (set_aside(source.folder, source.newest.damaged) if own else [])
 
 
 def first_state(

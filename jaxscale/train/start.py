@@ -110,7 +110,7 @@ def open_run(
     environment = runtime.describe()
     state, words = first_state(assembly, source, tokenizer)
     # Last, so that a run that could not start leaves the workdir as it was.
-    notes = make_way(source, folder)
+    notes = make_way(source)
     if runtime.is_primary():
         workdir.write_config(folder, config, environment)
     checkpointer = Checkpointer(folder, config.checkpoint)
