@@ -131,14 +131,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     evaluate = verb("evaluate", verbs.evaluate, "loss and bits per byte of a checkpoint")
-    evaluate.add_argument("--step", type=int, help="checkpoint to read; default: the newest")
+    evaluate.add_argument("--step", type=int, help="checkpoint to read; default: newest whole one")
     evaluate.add_argument(
         "--batches", type=_at_least(0), default=0, help="validation batches; 0 = all"
     )
     evaluate.add_argument("--baselines", action="store_true", help="unigram and bigram beside it")
 
     generate = verb("generate", verbs.generate, "sample text from a checkpoint")
-    generate.add_argument("--step", type=int, help="checkpoint to read; default: the newest")
+    generate.add_argument("--step", type=int, help="checkpoint to read; default: newest whole one")
     generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
     generate.add_argument("--max-tokens", type=_at_least(1), default=128, help="new tokens at most")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 = most likely token")
