@@ -83,7 +83,9 @@ class ModelConfig:
         free=True,
     )
     compute_dtype: str = knob(
-        "bfloat16", "dtype of activations and gathered weights", choices=DTYPES
+        "bfloat16",
+        "dtype of activations and gathered weights",
+        choices=(*DTYPES, "float16"),
     )
     param_dtype: str = knob(
         "float32",
@@ -171,6 +173,9 @@ class TrainConfig:
     gradient_reduce_dtype: str = knob(
         "float32", "dtype in which devices sum the gradients of matrices", choices=DTYPES
     )
+    loss_scale: float = knob(
+        0.0, "factor of the loss in float16's backward pass; 0 = dynamic, from 32768", minimum=0
+    )
     stop_after_nonfinite: int = knob(
         10, "end the run after so many skipped steps in a row", minimum=1, free=True
     )
@@ -189,7 +194,7 @@ class TrainConfig:
 class OptimizerConfig:
     """The update rule and its schedule."""
 
-    name: str = knob("adamw", "update rule", choices=("adamw",))
+    name: str = knob("adamw", "update rule", choices=("adamw", "lion", "adafactor", "muon", "sgd"))
     learning_rate: float = knob(3e-4, "peak learning rate", minimum=0)
     schedule: str = knob(
         "cosine", "decay after warm-up", choices=("constant", "cosine", "linear", "wsd")
@@ -200,9 +205,12 @@ class OptimizerConfig:
     warmup_steps: int = knob(100, "steps of linear warm-up", minimum=0)
     decay_fraction: float = knob(0.2, "wsd: last share of the schedule that decays", minimum=0)
     final_fraction: float = knob(0.1, "learning rate at the end, as a share of the peak", minimum=0)
-    beta1: float = knob(0.9, "decay of the first moment", minimum=0)
+    beta1: float = knob(0.9, "decay of the first moment, or momentum", minimum=0)
     beta2: float = knob(0.95, "decay of the second moment", minimum=0)
     epsilon: float = knob(1e-8, "added to the root of the second moment", minimum=0)
+    moment_dtype: str = knob(
+        "float32", "dtype of stored first moments; second ones are float32", choices=DTYPES
+    )
     weight_decay: float = knob(0.1, "decoupled decay of matrices (not norms, biases)", minimum=0)
     clip_norm: float = knob(1.0, "largest global gradient norm; 0 = off", minimum=0)
 

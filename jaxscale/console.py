@@ -22,6 +22,7 @@ FORMATS = {
     records.BITS_PER_BYTE: "bits/byte {:.3f}",
     records.LEARNING_RATE: "lr {:.1e}",
     records.GRADIENT_NORM: "grad {:.3g}",
+    records.LOSS_SCALE: "scale {:g}",
     records.TOKENS_PER_SECOND: "{:,.0f} tok/s",
     records.STEP_SECONDS: "{:.3g} s/step",
     records.DATA_WAIT_SHARE: "wait {:.0%}",

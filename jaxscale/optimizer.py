@@ -1,9 +1,10 @@
-"""The update rule and the learning-rate schedule, from optax.
+"""The update rules and the learning-rate schedule, as optax transformations.
 
 The schedule is a function of the step alone and is applied by the step, so that the optimizer's
 state holds moments and nothing that a resume could get wrong.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxscale.adafactor import scale_by_adafactor
 from jaxscale.config import OptimizerConfig
+from jaxscale.muon import is_hidden_matrix, scale_by_muon
 from jaxscale.parallel.sharding import map_axes
 
 Schedule = Callable[[Any], jax.Array]
 
 # Only matrices decay: parameters with one of these logical axes contract with activations.
 MATRIX_AXES = frozenset({"embed"})
+# Knobs that a rule does not read.
+UNUSED = {
+    "lion": ("epsilon",),
+    "adafactor": ("beta1", "moment_dtype"),
+    "sgd": ("beta2", "epsilon"),
+}
 
 
 def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
@@ -25,15 +34,34 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
 
     Args:
       config: the resolved optimizer section.
-      axes: pytree of tuples of logical axes, one per parameter; weight decay reads it.
+      axes: pytree of tuples of logical axes, one per parameter; they say what decays, and which
+        dims form a matrix.
     """
     decays = map_axes(lambda names: bool(MATRIX_AXES.intersection(names)), axes)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
         clip,
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        _make_rule(config, axes),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
+
+
+def _make_rule(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+    beta1, beta2, dtype = config.beta1, config.beta2, config.moment_dtype
+    if config.name == "lion":
+        return optax.scale_by_lion(beta1, beta2, mu_dtype=dtype)
+    if config.name == "sgd":
+        return optax.trace(beta1, accumulator_dtype=dtype)
+    if config.name == "adafactor":
+        return scale_by_adafactor(beta2, config.epsilon, axes)
+    # Second moments stay in float32: in bfloat16, beta2 of one would round to itself.
+    adam = optax.scale_by_adam(beta1, beta2, config.epsilon, mu_dtype=dtype)
+    if config.name == "adamw":
+        return adam
+    hidden = map_axes(lambda names: names if is_hidden_matrix(names) else optax.MaskedNode(), axes)
+    labels = map_axes(lambda names: "muon" if is_hidden_matrix(names) else "adamw", axes)
+    muon = scale_by_muon(beta1, config.epsilon, hidden, dtype=dtype)
+    return optax.partition({"muon": muon, "adamw": adam}, labels)
 
 
 def make_schedule(config: OptimizerConfig) -> Schedule:
@@ -68,6 +96,17 @@ def schedule_warning(config: OptimizerConfig, steps: int) -> str | None:
             f"optimizer.schedule_steps={config.schedule_steps}"
         )
     return None
+
+
+def unused_warning(config: OptimizerConfig) -> str | None:
+    """Name the knobs that were set and that the update rule does not read, if there are any."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    unused = [
+        f"optimizer.{knob}={getattr(config, knob)}"
+        for knob in UNUSED.get(config.name, ())
+        if getattr(config, knob) != defaults[knob]
+    ]
+    return f"optimizer.name={config.name} does not use {', '.join(unused)}" if unused else None
 
 
 def _decay(config: OptimizerConfig, progress: jax.Array) -> jax.Array:

@@ -126,6 +126,11 @@ def _check_loop(config: Config) -> None:
     # A gradient of 0 divided by a root of 0 would be no number.
     if not optimizer.epsilon > 0:
         raise ConfigError(f"optimizer.epsilon={optimizer.epsilon} is not above 0, like 1e-8")
+    if train.loss_scale and config.model.compute_dtype != "float16":
+        raise ConfigError(
+            f"train.loss_scale={train.loss_scale} scales float16 alone; set it to 0, or "
+            f"model.compute_dtype=float16 instead of {config.model.compute_dtype}"
+        )
     if train.seed > MAX_SEED:
         raise ConfigError(f"train.seed={train.seed} is too large; the most is {MAX_SEED}")
     if train.global_batch_size % train.accumulation_steps:

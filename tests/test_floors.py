@@ -21,7 +21,8 @@ PACKAGE = ROOT / "jaxscale"
 FLOORS: dict[str, tuple[str, ...]] = {
     "F0 words": ("config config_source resolve hardware records runtime",),
     "F1 parallel": (
-        "parallel.mesh parallel.sharding parallel.pipeline parallel.program parallel.probes",
+        "parallel.mesh parallel.sharding parallel.by_layer parallel.pipeline parallel.program "
+        "parallel.probes",
         "bundle.format bundle.programs bundle.sampling bundle.scheduler bundle.engine",
     ),
     "F2 model": (
@@ -31,11 +32,12 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "F3 services": (
         "data.python_stdlib data.sources data.tokenizer data.token_cache data.prepare data.loader "
         "data.ngram",
-        "workdir optimizer manifest checkpoint metrics goodput profiling console huggingface",
+        "workdir adafactor muon optimizer manifest checkpoint metrics goodput profiling console "
+        "huggingface",
     ),
     "F4 programs": (
-        "inference train.state train.step train.evaluate train.preemption train.restore "
-        "train.start train.log train.loop train.trained train.dry_run train.smoke",
+        "inference train.loss_scale train.state train.step train.evaluate train.preemption "
+        "train.restore train.start train.log train.loop train.trained train.dry_run train.smoke",
     ),
     "F5 around": (
         "export plan.memory plan.roofline plan.compile plan.rank",

@@ -16,7 +16,7 @@ from jaxscale.console import Console
 from jaxscale.goodput import Goodput
 from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops, perplexity
 from jaxscale.model.cost import num_parameters, train_flops_per_token
-from jaxscale.optimizer import schedule_warning
+from jaxscale.optimizer import schedule_warning, unused_warning
 from jaxscale.train.evaluate import Evaluation
 from jaxscale.train.start import Run
 from jaxscale.train.step import program_bytes
@@ -70,9 +70,12 @@ class StepLog:
         )
         if not len(loader.validation_windows):
             self.note("no evaluation: no window of data.length tokens is held apart")
-        warning = schedule_warning(config.optimizer, config.train.steps)
-        if warning:
-            self.note(warning)
+        for warning in (
+            schedule_warning(config.optimizer, config.train.steps),
+            unused_warning(config.optimizer),
+        ):
+            if warning:
+                self.note(warning)
         return self
 
     def __exit__(self, *_: object) -> None:

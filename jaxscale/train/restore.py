@@ -146,13 +146,15 @@ def restore_state(assembly: Assembly, reader: Checkpointer, step: int) -> TrainS
         optimizer=found.optimizer["state"],
         skipped_steps=found.optimizer["skipped_steps"],
         skipped_in_a_row=found.optimizer["skipped_in_a_row"],
+        loss_scale=found.optimizer.get("loss_scale"),
     )
 
 
 def optimizer_item(state: TrainState) -> dict[str, Any]:
     """Return the checkpoint's `optimizer` item: all of the state but step and parameters."""
-    return {
+    item = {
         "state": state.optimizer,
         "skipped_steps": state.skipped_steps,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
+    return item if state.loss_scale is None else {**item, "loss_scale": state.loss_scale}

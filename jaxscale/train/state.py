@@ -18,6 +18,7 @@ from jaxscale.model.decoder import Definition, Params, check_mesh, define
 from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
 from jaxscale.parallel.mesh import STAGE_AXIS, make_mesh
 from jaxscale.parallel.sharding import Rules, check_divides, map_axes
+from jaxscale.train.loss_scale import LossScale, first_loss_scale
 
 BATCH_DTYPES = {
     "tokens": jnp.int32,
@@ -38,7 +39,9 @@ class TrainState:
       params: the parameters.
       optimizer: optax state.
       skipped_steps: int32, steps skipped for a non-finite loss or gradient.
-      skipped_in_a_row: int32, how many of them were the last ones.
+      skipped_in_a_row: int32, how many of them were the last ones; those that only lowered the
+        loss scale are left out.
+      loss_scale: of float16; None where the config has no dynamic one.
     """
 
     step: jax.Array
@@ -46,6 +49,7 @@ class TrainState:
     optimizer: Any
     skipped_steps: jax.Array
     skipped_in_a_row: jax.Array
+    loss_scale: LossScale | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +123,7 @@ def start_state(assembly: Assembly, params: Params) -> TrainState:
     axes = optimizer_axes(assembly.definition)
     optimizer = assembly.optimizer.init(in_float32(place(assembly.rules, params, axes)))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer, zero, zero)
+    return TrainState(zero, params, optimizer, zero, zero, first_loss_scale(assembly.config))
 
 
 def abstract_state(assembly: Assembly) -> TrainState:

@@ -17,6 +17,7 @@ from jaxscale.model.attention.dense import Span
 from jaxscale.model.decoder import Definition, Params
 from jaxscale.model.loss import loss_sum
 from jaxscale.parallel.sharding import Rules
+from jaxscale.train.loss_scale import adjusted, can_fall, loss_factor
 from jaxscale.train.state import (
     Assembly,
     Batch,
@@ -43,14 +44,32 @@ def batch_loss(
 
 
 def loss_and_gradients(
-    assembly: Assembly, params: Params, batch: Batch
+    assembly: Assembly, params: Params, batch: Batch, factor: jax.Array | None = None
 ) -> tuple[jax.Array, Params]:
     """Return the mean loss per weighted token, and its gradients in the parameters' shardings.
 
     With `train.accumulation_steps`, the batch is worked off in as many parts, one after the other.
+
+    Args:
+      assembly: the training program.
+      params: the parameters.
+      batch: the batch.
+      factor: of the loss in the backward pass; what is returned is without it.
     """
+    if factor is None:
+        return _scaled(assembly, params, batch, None)
+    scaled = in_float32(_scaled(assembly, params, batch, factor))
+    loss, gradients = jax.tree.map(lambda value: value / factor, scaled)
+    return loss, gradients
+
+
+def _scaled(
+    assembly: Assembly, params: Params, batch: Batch, factor: jax.Array | None
+) -> tuple[jax.Array, Params]:
+    """Return loss and gradients multiplied by the factor."""
     train, definition = assembly.config.train, assembly.definition
     count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    count = count if factor is None else count / factor
 
     def mean_loss(params: Params, batch: Batch) -> jax.Array:
         total = batch_loss(definition, params, batch, chunk_tokens=train.loss_chunk_tokens)
@@ -101,19 +120,23 @@ def batch_hash(batch: Batch, rules: Rules) -> jax.Array:
 
 def train_step(assembly: Assembly, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """Return the next state and the step's metrics; a non-finite step leaves the weights alone."""
-    loss, gradients = loss_and_gradients(assembly, state.params, batch)
+    factor = loss_factor(assembly.config, state.loss_scale)
+    loss, gradients = loss_and_gradients(assembly, state.params, batch, factor)
     gradient_norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     learning_rate = assembly.schedule(state.step)
-    params, optimizer = _update(assembly, state, gradients, learning_rate)
+    params, optimizer = updated(assembly, state, gradients, learning_rate)
     keep = functools.partial(jnp.where, is_finite)
     bad = 1 - is_finite.astype(jnp.int32)
+    # An overflow that a lower scale may cure is skipped and brings no run nearer to its end.
+    hopeless = bad if state.loss_scale is None else bad * ~can_fall(state.loss_scale)
     state = TrainState(
         step=state.step + 1,
         params=jax.tree.map(keep, params, state.params),
         optimizer=jax.tree.map(keep, optimizer, state.optimizer),
         skipped_steps=state.skipped_steps + bad,
-        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        skipped_in_a_row=(state.skipped_in_a_row + hopeless) * bad,
+        loss_scale=state.loss_scale and adjusted(state.loss_scale, is_finite),
     )
     metrics = {
         records.LOSS: loss,
@@ -123,10 +146,12 @@ def train_step(assembly: Assembly, state: TrainState, batch: Batch) -> tuple[Tra
         records.SKIPPED_IN_A_ROW: state.skipped_in_a_row,
         records.BATCH_HASH: batch_hash(batch, assembly.rules),
     }
+    if factor is not None:
+        metrics[records.LOSS_SCALE] = factor
     return state, metrics
 
 
-def _update(
+def updated(
     assembly: Assembly, state: TrainState, gradients: Params, learning_rate: jax.Array
 ) -> tuple[Params, Any]:
     """Apply the optimizer where its state lies, then bring the update to the parameters."""
