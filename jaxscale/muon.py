@@ -74,7 +74,10 @@ def orthogonal(matrix: jax.Array, epsilon: float) -> jax.Array:
     x = matrix.T if rows > columns else matrix
     # The Frobenius norm is at least the largest singular value.
     x = x / (jnp.linalg.norm(x) + epsilon)
-    for _ in range(ITERATIONS):
+
+    def iterate(_: int, x: jax.Array) -> jax.Array:
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    x = jax.lax.fori_loop(0, ITERATIONS, iterate, x)
     return x.T if rows > columns else x

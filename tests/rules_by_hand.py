@@ -12,7 +12,7 @@ import numpy as np
 
 KNOBS: dict[str, float] = {
     "beta1": 0.8,
-    "beta2": 0.9,
+    "beta2": 0.5,
     "epsilon": 1e-6,
     "weight_decay": 0.3,
     "clip_norm": 50.0,
