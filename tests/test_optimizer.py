@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxscale.config import OptimizerConfig
-from jaxscale.optimizer import make_optimizer, make_schedule, schedule_warning
+from jaxscale.optimizer import make_optimizer, make_schedule, schedule_warning, unused_warning
 
 
 def config(**knobs: object) -> OptimizerConfig:
@@ -69,3 +69,12 @@ def test_a_schedule_that_does_not_fit_the_run_is_told() -> None:
     rates = [float(schedule(step)) for step in range(110)]
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(0.55)
+
+
+def test_knobs_that_a_rule_does_not_use_are_told_if_they_were_set() -> None:
+    assert unused_warning(config(beta1=0.5, beta2=0.5, epsilon=1e-4)) is None
+    assert unused_warning(config(name="sgd", beta1=0.5)) is None
+    told = unused_warning(config(name="sgd", beta2=0.5, epsilon=1e-4))
+    assert told == "optimizer.name=sgd does not use optimizer.beta2=0.5, optimizer.epsilon=0.0001"
+    told = unused_warning(config(name="adafactor", moment_dtype="bfloat16")) or ""
+    assert "does not use optimizer.moment_dtype=bfloat16" in told
