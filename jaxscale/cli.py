@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jaxscale import records, verbs
-from jaxscale.config import ConfigError
-from jaxscale.verbs import DONE, FAILED, INTERRUPTED, WRONG
+from jaxscale.config import ConfigError, Stopped
+from jaxscale.verbs import DONE, FAILED, INTERRUPTED, PREEMPTED, WRONG
 
 OVERRIDE = "--config."
 
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"jaxscale: {error}", file=sys.stderr)
         return WRONG
+    except Stopped as stopped:
+        print(f"jaxscale: stopped: {stopped}; the same command goes on", file=sys.stderr)
+        return PREEMPTED
     except BrokenPipeError:
         # Python would complain once more when it closes what nobody reads.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -114,11 +117,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     verb("doctor", verbs.doctor, "say what this machine can do, with remedies")
 
-    prepare = verb("prepare", verbs.prepare, "tokenize a corpus once into a token cache")
-    prepare.add_argument(
-        "--workers", type=_at_least(0), default=0, help="processes; 0 = as many as pay"
+    _add_prepare_options(
+        verb("prepare", verbs.prepare, "tokenize a corpus once into a token cache")
     )
-    prepare.add_argument("--force", action="store_true", help="write the cache again")
 
     train = verb("train", verbs.train, "train, or resume the run in the workdir")
     train.add_argument("--allow-config-change", action="store_true", help="resume all the same")
@@ -148,3 +149,20 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, help="most likely share, (0, 1]")
     generate.add_argument("--seed", type=_at_least(0), default=0, help="seed of the choice")
     return parser
+
+
+def _add_prepare_options(prepare: argparse.ArgumentParser) -> None:
+    prepare.add_argument(
+        "--workers", type=_at_least(0), default=0, help="processes; 0 = as many as pay"
+    )
+    prepare.add_argument("--force", action="store_true", help="write the cache anew")
+    prepare.add_argument(
+        "--profile", action="store_true", help="instead, measure the input pipeline on a sample"
+    )
+    prepare.add_argument(
+        "--step-tokens-per-second",
+        type=_at_least(1),
+        default=0,
+        metavar="N",
+        help="what --profile compares with; 0 = measure the training step here",
+    )

@@ -13,6 +13,10 @@ class ConfigError(ValueError):
     """A user's mistake, in one line that names the knob, its value and the remedy. Exit code 2."""
 
 
+class Stopped(Exception):  # noqa: N818, for it is no error
+    """A stop request came first; what is done is kept, and the same command goes on. Code 75."""
+
+
 def knob(
     default: Any,
     doc: str,
@@ -144,9 +148,15 @@ class DataConfig:
     source: str = knob("python_stdlib", "python_stdlib, synthetic, or files:GLOB of text")
     tokenizer: str = knob("bytes", "bytes, or the path of a Hugging Face tokenizer.json")
     length: int = knob(1024, "tokens per sequence", minimum=1)
+    window_stride: int = knob(
+        0, "tokens from one window's start to the next; 0 = data.length", minimum=0
+    )
     validation_fraction: float = knob(0.05, "share of documents held apart", minimum=0)
     document_mask: bool = knob(True, "tokens attend only within their document")
     cache_dir: str = knob("", "folder of token caches; empty = ~/.cache/jaxscale/tokens", free=True)
+    local_cache_dir: str = knob(
+        "", "folder of this host that token caches are copied into; empty = none", free=True
+    )
     prefetch_batches: int = knob(2, "batches held ready", minimum=1, free=True)
 
 

@@ -67,6 +67,7 @@ def fill(config: Config, previous: Config | None = None) -> Config:
 def validate(config: Config) -> None:
     """Raise ConfigError for the first knob of a filled-in config that is at odds with another."""
     _check_model(config.model, config.data)
+    _check_data(config.data)
     _check_loop(config)
     _check_mesh(config.mesh)
 
@@ -118,6 +119,16 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
         )
 
 
+def _check_data(data: DataConfig) -> None:
+    if data.window_stride > data.length:
+        raise ConfigError(
+            f"data.window_stride={data.window_stride} is larger than data.length={data.length}, "
+            "which would leave tokens out; lower it, or set 0 for windows side by side"
+        )
+    if not 0 <= data.validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction={data.validation_fraction} is not in [0, 1)")
+
+
 def _check_loop(config: Config) -> None:
     train, optimizer, profile = config.train, config.optimizer, config.runtime.profile_steps
     for name in ("beta1", "beta2"):
@@ -137,10 +148,6 @@ def _check_loop(config: Config) -> None:
         raise ConfigError(
             f"train.accumulation_steps={train.accumulation_steps} does not divide "
             f"train.global_batch_size={train.global_batch_size}"
-        )
-    if not 0 <= config.data.validation_fraction < 1:
-        raise ConfigError(
-            f"data.validation_fraction={config.data.validation_fraction} is not in [0, 1)"
         )
     if profile and (len(profile) != 2 or profile[0] > profile[1]):
         raise ConfigError(

@@ -106,19 +106,64 @@ def doctor(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace) -> int:
     """Make the token cache of a config, or find it."""
+    if args.profile:
+        return profile(args)
     from jaxscale.console import counting
     from jaxscale.data.prepare import prepare
+    from jaxscale.train.preemption import StopRequest
 
     config = resolve(_needed_config(args))
-    with counting("documents", sys.stdout) as progress:
-        result = prepare(config.data, workers=args.workers, progress=progress, force=args.force)
+    with StopRequest(in_group=False) as stop, counting("documents", sys.stdout) as progress:
+        result = prepare(
+            config.data,
+            workers=args.workers,
+            progress=progress,
+            force=args.force,
+            stop=stop.asked,
+        )
     state = "found" if result.reused else "written"
     print(f"token cache {state} in {result.seconds:.1f} s: {result.path}")
     for name, counts in (("train", result.train), ("validation", result.validation)):
         print(f"  {name}: {counts.documents:,} documents, {counts.tokens:,} tokens")
     if result.skipped_documents:
         print(f"  skipped: {result.skipped_documents:,} documents, empty or not UTF-8")
+    for note in result.notes:
+        print(f"  {note}")
     _write_result(args, config, [dataclasses.asdict(result)])
+    return DONE
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Measure the input pipeline of a config, beside its training step."""
+    from rich.console import Console
+
+    from jaxscale import runtime
+
+    config = resolve(_needed_config(args))
+    runtime.start(config.runtime, devices=args.devices)
+    from jaxscale.data.profile import STEP, profile_pipeline, rate
+    from jaxscale.data.profile_table import render, to_rows
+    from jaxscale.train.state import assemble
+    from jaxscale.train.step_speed import measure_step
+
+    sharding, step, reason = None, None, ""
+    try:
+        sharding = assemble(config).batch_sharding
+    except ConfigError as error:
+        _show_notes([f"{error}; so nothing is placed on devices"])
+    batch = config.train.global_batch_size
+    rates = profile_pipeline(config.data, global_batch_size=batch, sharding=sharding)
+    if args.step_tokens_per_second:
+        step = rate(STEP, "as given", args.step_tokens_per_second, [1.0])
+    else:
+        try:
+            step = rate(STEP, "measured here", *measure_step(config))
+        except ConfigError as error:
+            reason = f"the training step cannot be measured here: {error}"
+    Console().print(render(rates, step))
+    if reason:
+        _show_notes([f"{reason}; give its speed elsewhere as --step-tokens-per-second=N"])
+    _write_result(args, config, to_rows(rates, step))
     return DONE
 
 

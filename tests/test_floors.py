@@ -30,14 +30,16 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "model.attention.all_to_all model.cache model.layers model.decoder model.loss model.cost",
     ),
     "F3 services": (
-        "data.python_stdlib data.sources data.tokenizer data.token_cache data.prepare data.loader "
-        "data.ngram",
+        "data.python_stdlib data.sources data.tokenizer data.token_cache data.kept_shards "
+        "data.workers data.local_copy data.prepare data.loader data.ngram data.profile "
+        "data.profile_table",
         "workdir adafactor muon optimizer manifest checkpoint metrics goodput profiling console "
         "huggingface",
     ),
     "F4 programs": (
         "inference train.loss_scale train.state train.step train.evaluate train.preemption "
-        "train.restore train.start train.log train.loop train.trained train.dry_run train.smoke",
+        "train.restore train.start train.log train.loop train.trained train.dry_run train.smoke "
+        "train.step_speed",
     ),
     "F5 around": (
         "export plan.memory plan.roofline plan.compile plan.rank",

@@ -1,8 +1,9 @@
 """Windows and batches: from the token stream to what a step reads.
 
-A window is `length` tokens and their successors, at a multiple of `length` in the stream. The rows
-of a step are a function of the seed and the step alone; of them a process reads those that its
-devices hold, as the sharding says. Grain shuffles, and reads ahead in threads.
+A window is `length` tokens and their successors. One begins `stride` tokens after the other, which
+is the length unless they are to overlap. The rows of a step are a function of the seed and the step
+alone; of them a process reads those that its devices hold, as the sharding says. Grain shuffles,
+and reads ahead in threads.
 
 B rows of a batch, L tokens of a row.
 """
@@ -35,17 +36,30 @@ class Windows:
       length: Tokens of a window.
       document_mask: Number the documents in `segments`, and give no weight to a document's first
         token, which nothing before it foretells.
+      stride: Tokens from one window's start to the next, in 1..length; 0 is the length.
+      once: Give no weight to a target that the window before has, so that each is scored once.
     """
 
     split: TokenSplit
     length: int
     document_mask: bool
+    stride: int = 0
+    once: bool = False
+
+    @property
+    def step(self) -> int:
+        """Tokens from one window's start to the next."""
+        return self.stride or self.length
 
     def __len__(self) -> int:
-        return max(0, self.split.num_tokens - 1) // self.length
+        return max(0, (self.split.num_tokens - 1 - self.length) // self.step + 1)
+
+    def num_targets(self, num_windows: int) -> int:
+        """Return how many tokens of the stream are targets of the first windows."""
+        return (num_windows - 1) * self.step + self.length if num_windows else 0
 
     def __getitem__(self, index: int) -> HostBatch:
-        start = index * self.length
+        start = index * self.step
         tokens = self.split.read(start, start + self.length + 1)
         first_of_document = np.zeros(self.length, np.int32)
         weights = np.ones(self.length, np.float32)
@@ -53,6 +67,8 @@ class Windows:
             offsets = self._document_offsets(start)
             weights[offsets - 1] = 0
             first_of_document[offsets[offsets < self.length]] = 1
+        if self.once and index:
+            weights[: self.length - self.step] = 0
         return {
             "tokens": tokens[:-1],
             "targets": tokens[1:],
@@ -84,15 +100,28 @@ class Windows:
         bytes = (targets with weight that are not `eos`) x (bytes of the split) / (tokens of the
         split that are not `eos`); with the byte tokenizer the ratio is 1 and the count exact.
         """
-        stop = num_windows * self.length
-        starts = self.split.document_starts
-        # Targets stand at positions 1..stop; an `eos` stands before each start, and at the end.
-        num_eos = np.searchsorted(starts, stop + 1, side="right") - 1
-        num_eos += stop == self.split.num_tokens - 1
-        num_unweighted = np.searchsorted(starts, stop, side="right") - 1
-        targets = stop - num_eos - (num_unweighted if self.document_mask else 0)
+        starts = np.arange(num_windows) * self.step
+        stops = starts + self.length
+        if self.once:
+            starts[1:] = stops[:-1]
+        targets = np.sum(self._text_targets(stops) - self._text_targets(starts))
         text_tokens = self.split.num_tokens - self.split.num_documents
         return float(targets * self.split.num_bytes / text_tokens)
+
+    def _text_targets(self, stops: np.ndarray) -> np.ndarray:
+        """Return how many positions in 1..stop hold weighted targets that are not `eos`."""
+        starts = self.split.document_starts
+        # An `eos` stands before each start but the first, and at the end.
+        num_eos = np.searchsorted(starts, stops + 1, side="right") - 1
+        num_eos += stops == self.split.num_tokens - 1
+        num_unweighted = np.searchsorted(starts, stops, side="right") - 1
+        return stops - num_eos - (num_unweighted if self.document_mask else 0)
+
+
+def make_windows(cache: TokenCache, split: str, data: DataConfig) -> Windows:
+    """Return the windows of a split; of validation windows each target is scored once."""
+    once = split == VALIDATION
+    return Windows(cache.split(split), data.length, data.document_mask, data.window_stride, once)
 
 
 class Loader:
@@ -118,7 +147,7 @@ class Loader:
 
         Args:
           cache: The tokens.
-          data: Of it, length, document_mask and prefetch_batches count.
+          data: Of it, length, window_stride, document_mask and prefetch_batches count.
           global_batch_size: Rows of a batch over all processes, B.
           seed: Decides the order of the training windows.
           sharding: Of a (B, L) array, over the devices of all processes; None gives numpy arrays.
@@ -128,8 +157,8 @@ class Loader:
         """
         self.cache, self._data, self._sharding = cache, data, sharding
         self._shape = (global_batch_size, data.length)
-        self.windows = Windows(cache.split(TRAIN), data.length, data.document_mask)
-        self.validation_windows = Windows(cache.split(VALIDATION), data.length, data.document_mask)
+        self.windows = make_windows(cache, TRAIN, data)
+        self.validation_windows = make_windows(cache, VALIDATION, data)
         self.windows.check_not_empty()
         self._examples = grain.MapDataset.source(self.windows).seed(seed).shuffle().repeat()
         self.local_rows = _local_rows(sharding, self._shape)
@@ -158,6 +187,10 @@ class Loader:
         total = len(self.validation_windows)
         return min(total, num_batches * self._shape[0]) if num_batches else total
 
+    def host_batch(self, step: int) -> HostBatch:
+        """Return this host's rows of the training batch of a step, read in this thread."""
+        return _HostBatches(self._training_row, self.local_rows, *self._shape)[step]
+
     def _training_row(self, index: int) -> HostBatch:
         row: HostBatch = self._examples[index]
         return row
@@ -183,14 +216,15 @@ class Loader:
         )
         reader = iter(grain.MapDataset.source(source)[start:stop].to_iter_dataset(options))
         with contextlib.closing(reader):
-            placed = self._place(next(reader))
+            placed = self.place(next(reader))
             for host_batch in reader:
-                following = self._place(host_batch)
+                following = self.place(host_batch)
                 yield placed
                 placed = following
             yield placed
 
-    def _place(self, host_batch: HostBatch) -> Batch:
+    def place(self, host_batch: HostBatch) -> Batch:
+        """Return this host's rows of a batch as arrays on the devices of all hosts."""
         sharding, rows = self._sharding, self.local_rows
         if sharding is None:
             return dict(host_batch)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxscale.config import DataConfig
-from jaxscale.data.loader import Windows
+from jaxscale.data.loader import make_windows
 from jaxscale.data.token_cache import TRAIN, VALIDATION, TokenCache, TokenSplit
 
 STRENGTHS = tuple(float(k) for k in np.geomspace(1e-2, 1e6, 33))
@@ -57,7 +57,8 @@ def ngram_bits_per_byte(
 
     Args:
       cache: Train split to count, validation split to score.
-      data: Of it, length and document_mask count: they decide which targets have weight.
+      data: Of it, length, window_stride and document_mask count: they decide which targets have
+        weight.
       order: 1 for the unigram, 2 for the bigram model.
       num_windows: Windows to score, from the first on; 0 is all.
 
@@ -66,7 +67,7 @@ def ngram_bits_per_byte(
     """
     if order not in (1, 2):
         raise ValueError(f"order={order}; there are unigrams (1) and bigrams (2)")
-    windows = Windows(cache.split(VALIDATION), data.length, data.document_mask)
+    windows = make_windows(cache, VALIDATION, data)
     windows.check_not_empty()
     num_windows = min(num_windows or len(windows), len(windows))
     vocab = cache.index["vocab_size"]
@@ -76,9 +77,8 @@ def ngram_bits_per_byte(
     last = count_pairs(
         train, edge, train.num_tokens - 1, vocab=vocab, document_mask=data.document_mask
     )
-    scored = count_pairs(
-        windows.split, 0, num_windows * data.length, vocab=vocab, document_mask=data.document_mask
-    )
+    stop = windows.num_targets(num_windows)
+    scored = count_pairs(windows.split, 0, stop, vocab=vocab, document_mask=data.document_mask)
     whole = _merge([first, last], vocab)
     k1 = _best(lambda k: _nats(first, last, (k,)))
     strengths: tuple[float, ...] = (k1,)

@@ -2,30 +2,33 @@
 
 The cache's folder is named by what goes into it, so that the same words find it again and other
 words never do. The corpus is cut into shards; each is the work of one process and depends on its
-documents alone. The verb `prepare` and `train` call this.
+documents alone. An interrupted prepare goes on with the shards that are missing. The verb `prepare`
+and `train` call this.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
+import random
 import shutil
-import signal
 import time
-from collections.abc import Callable, Generator, Sequence
-from multiprocessing.synchronize import Event
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxscale import records
-from jaxscale.config import ConfigError, DataConfig
-from jaxscale.data import token_cache
+from jaxscale.config import ConfigError, DataConfig, Stopped
+from jaxscale.data import kept_shards, token_cache
+from jaxscale.data.kept_shards import DoneShard
+from jaxscale.data.local_copy import Copied, copy_cache
 from jaxscale.data.sources import Source, open_source
-from jaxscale.data.token_cache import TRAIN, VALIDATION, Shard, ShardWriter, TokenCache
+from jaxscale.data.token_cache import TRAIN, VALIDATION, ShardWriter, TokenCache
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
+from jaxscale.data.workers import Stop, run_in_line, run_in_processes
 
 SHARD_BYTES = 2 * 2**20
 MAX_SHARDS = 1024
@@ -36,6 +39,11 @@ IN_LINE_BYTES_OF_BYTES = 256 * 2**20
 HASH_LIMIT = 2**64
 
 Progress = Callable[[int, int], None]
+
+
+def never() -> bool:
+    """Answer that nobody asks to stop."""
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,9 @@ class PrepareResult:
       reused: Whether it was there already.
       skipped_documents: Documents left out, being empty or not UTF-8.
       seconds: Time this call took.
+      found_shards: Shards that others, or an interrupted prepare, had done.
+      shards: Shards in all; 0 where the cache was there already.
+      copied: The copy in data.local_cache_dir, if that is set; `path` is its folder then.
     """
 
     path: pathlib.Path
@@ -64,6 +75,33 @@ class PrepareResult:
     validation: SplitCounts
     skipped_documents: int
     seconds: float
+    found_shards: int = 0
+    shards: int = 0
+    copied: Copied | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know: work that was found done, and how fast it was copied."""
+        found = f"found done: {self.found_shards} of {self.shards} shards of the token cache"
+        return (
+            *([found] if self.found_shards else []),
+            *([str(self.copied)] if self.copied else []),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """How the work is done.
+
+    Attributes:
+      workers: Processes; 0 takes as many as pay.
+      progress: Told of the documents done and the documents in all.
+      stop: Asked now and then whether to stop.
+    """
+
+    workers: int = 0
+    progress: Progress | None = None
+    stop: Stop = never
 
 
 def prepare(
@@ -72,32 +110,42 @@ def prepare(
     workers: int = 0,
     progress: Progress | None = None,
     force: bool = False,
+    stop: Stop = never,
 ) -> PrepareResult:
     """Make the token cache of `data.source` and `data.tokenizer`, or find it.
 
-    Several processes may prepare the same cache at once: the first to finish wins.
+    Several processes may prepare the same cache at once, on one machine or on a shared file
+    system: each takes the shards that are not done, in an order of its own.
 
     Args:
-      data: Of it, source, tokenizer, validation_fraction and cache_dir count.
+      data: Of it, source, tokenizer, validation_fraction, cache_dir and local_cache_dir count.
       workers: Processes; 0 takes as many as pay, 1 works in this one.
       progress: Called with the documents done and the documents in all.
-      force: Write the cache again where it exists.
+      force: Write the cache anew where it, or some of it, exists.
+      stop: Asked now and then whether to stop; what is done is found by the next call.
 
     Raises:
       ConfigError: the corpus, the tokenizer or the cache cannot be used.
+      Stopped: `stop` said so.
     """
     started = time.perf_counter()
-    root = _cache_root(data)
+    root = cache_root(data)
     tokenizer = load_tokenizer(data.tokenizer)
     source = open_source(data.source, cache_dir=root / "sources")
     path = root / _folder_name(data, source, tokenizer)
     reused = path.exists() and not force
+    done: list[DoneShard] = []
     if not reused:
         records.check_writable(root, f"data.cache_dir={data.cache_dir or root}")
-        with token_cache.written_whole(path, replace=force) as folder:
-            below = int(data.validation_fraction * HASH_LIMIT)
-            work = Work(source, tokenizer, folder, validation_below=below)
-            _write_cache(data, work, workers=workers, progress=progress)
+        kept_shards.sweep(root)
+        below = int(data.validation_fraction * HASH_LIMIT)
+        with _partial_folder(path, anew=force) as partial:
+            work = Work(source, tokenizer, partial / "whole", validation_below=below)
+            done = write_cache(data, work, path, Running(workers, progress, stop), force=force)
+    copied = None
+    if data.local_cache_dir:
+        copied = copy_cache(path, data.local_cache_dir, stop=stop)
+        path = copied.path
     index = TokenCache(path).index
     counts = {
         name: SplitCounts(entry["documents"], entry["tokens"], entry["bytes"])
@@ -109,10 +157,35 @@ def prepare(
         **counts,
         skipped_documents=index["skipped_documents"],
         seconds=time.perf_counter() - started,
+        found_shards=sum(shard.found for shard in done),
+        shards=len(done),
+        copied=copied,
     )
 
 
-def _cache_root(data: DataConfig) -> pathlib.Path:
+@contextlib.contextmanager
+def _partial_folder(path: pathlib.Path, *, anew: bool) -> Iterator[pathlib.Path]:
+    """Yield the folder of the shards of a cache; it goes when the cache is there.
+
+    Args:
+      path: Of the cache.
+      anew: Take a folder of this call's own, which goes in any case.
+    """
+    shared = path.with_name(f".{path.name}.partial")
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        yield own if anew else shared
+    except Exception:
+        # Who finishes first removes the folder, which the others then miss.
+        if anew or not (path / token_cache.INDEX_FILE).exists():
+            raise
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    shutil.rmtree(shared, ignore_errors=True)
+
+
+def cache_root(data: DataConfig) -> pathlib.Path:
+    """Return the folder of token caches; raise ConfigError for one that is not local."""
     if "://" in data.cache_dir:
         raise ConfigError(
             f"data.cache_dir={data.cache_dir} is not a local folder; token caches are read at "
@@ -155,23 +228,27 @@ class Work:
     validation_tail: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class DoneShard:
-    """What became of one range of documents."""
-
-    splits: dict[str, Shard]
-    num_skipped: int
-
-
-def _write_cache(data: DataConfig, work: Work, *, workers: int, progress: Progress | None) -> None:
-    done = _write_shards(data, work, workers=workers, progress=progress)
+def write_cache(
+    data: DataConfig, work: Work, path: pathlib.Path, running: Running, *, force: bool = False
+) -> list[DoneShard]:
+    """Write all shards, and the cache of them at `path`; return the shards."""
+    done = _write_shards(data, work, running)
     if not _is_divided(data, done):
-        shutil.rmtree(work.folder)
-        work.folder.mkdir()
-        work = dataclasses.replace(work, validation_tail=data.validation_fraction)
-        done = _write_shards(data, work, workers=workers, progress=progress)
+        tails = work.folder.with_name("tails")
+        work = dataclasses.replace(work, folder=tails, validation_tail=data.validation_fraction)
+        done = _write_shards(data, work, running)
+    with token_cache.written_whole(path, replace=force) as folder:
+        for shard in done:
+            kept_shards.link_files(shard, folder)
+        _write_index(data, work, folder, done)
+    return done
+
+
+def _write_index(
+    data: DataConfig, work: Work, folder: pathlib.Path, done: Sequence[DoneShard]
+) -> None:
     token_cache.write_index(
-        work.folder,
+        folder,
         {name: [d.splits[name] for d in done if name in d.splits] for name in token_cache.SPLITS},
         header={
             "source": data.source,
@@ -206,24 +283,32 @@ def _is_divided(data: DataConfig, done: Sequence[DoneShard]) -> bool:
     return wanted / 2 <= share <= 2 * wanted and (1 - wanted) / 2 <= 1 - share
 
 
-def _write_shards(
-    data: DataConfig, work: Work, *, workers: int, progress: Progress | None
-) -> list[DoneShard]:
-    """Write all shards and return them in the order of their documents."""
+def _write_shards(data: DataConfig, work: Work, running: Running) -> list[DoneShard]:
+    """Write or find all shards and return them in the order of their documents."""
     ranges = shard_ranges(work.source)
+    workers = running.workers
     if not workers:
         limit = IN_LINE_BYTES_OF_BYTES if data.tokenizer == "bytes" else IN_LINE_BYTES
         workers = 1 if work.source.num_bytes <= limit else os.cpu_count() or 1
     workers = min(workers, len(ranges))
-    run = _run_in_line(work, ranges) if workers == 1 else _run_in_processes(work, ranges, workers)
+    # Processes that work at the same cache meet at few shards, each having an order of its own.
+    order = random.sample(list(enumerate(ranges)), len(ranges))
+    function = functools.partial(make_shard, work)
+    if workers == 1:
+        run = run_in_line(function, order, stop=running.stop)
+    else:
+        run = run_in_processes(function, order, workers=workers, stop=running.stop)
     done: dict[int, DoneShard] = {}
     num_documents = 0
     with contextlib.closing(run):
         for number, shard in run:
             done[number] = shard
             num_documents += len(ranges[number])
-            if progress is not None:
-                progress(num_documents, len(work.source))
+            if running.progress is not None:
+                running.progress(num_documents, len(work.source))
+    if len(done) < len(ranges):
+        found = kept_shards.count(work.folder)
+        raise Stopped(f"{found} of {len(ranges)} shards of the token cache are done and kept")
     return [done[number] for number in sorted(done)]
 
 
@@ -235,12 +320,23 @@ def shard_ranges(source: Source) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
+def make_shard(work: Work, number: int, documents: range, stop: Stop) -> DoneShard | None:
+    """Find shard `number` of `work.folder`, or write and keep it; None when told to stop."""
+    found = kept_shards.find(work.folder, number)
+    if found is not None:
+        return found
+    with kept_shards.begun(work.folder, number) as folder:
+        work_here = dataclasses.replace(work, folder=folder)
+        shard = write_shard(work_here, number, documents, stop=stop)
+        return shard and kept_shards.keep(work.folder, number, shard)
+
+
 def write_shard(
-    work: Work, number: int, documents: range, *, stop: Event | None = None
-) -> DoneShard:
+    work: Work, number: int, documents: range, *, stop: Stop = never
+) -> DoneShard | None:
     """Tokenize a range of documents into the files of shard `number`, one per split.
 
-    It depends on nothing but its arguments: a prepare that resumes would skip the shards it has.
+    It depends on nothing but its arguments. Told to stop, it returns None.
     """
     dtype = token_cache.token_dtype(work.tokenizer.size)
     writers = {
@@ -251,8 +347,8 @@ def write_shard(
     }
     num_skipped = 0
     for index in documents:
-        if stop is not None and stop.is_set():
-            break
+        if stop():
+            return None
         document = work.source[index]
         parts = _divide(document.text, work) if document is not None else {}
         tokens = {name: work.tokenizer.encode(part) for name, part in parts.items()}
@@ -264,6 +360,7 @@ def write_shard(
     return DoneShard(
         splits={name: shard for name, shard in shards.items() if shard is not None},
         num_skipped=num_skipped,
+        folder=work.folder,
     )
 
 
@@ -278,45 +375,3 @@ def _divide(text: str, work: Work) -> dict[str, str]:
     # At a line's end, where there is one.
     cut = text.rfind("\n", 0, around) + 1 or around
     return {TRAIN: text[:cut], VALIDATION: text[cut:]}
-
-
-def _run_in_line(work: Work, ranges: Sequence[range]) -> Generator[tuple[int, DoneShard]]:
-    for number, documents in enumerate(ranges):
-        yield number, write_shard(work, number, documents)
-
-
-def _run_in_processes(
-    work: Work, ranges: Sequence[range], workers: int
-) -> Generator[tuple[int, DoneShard]]:
-    """Yield shards as they are done. When the caller stops early, the workers stop too."""
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(work, stop)
-    ) as pool:
-        try:
-            futures = {
-                pool.submit(_write_shard_in_worker, number, documents): number
-                for number, documents in enumerate(ranges)
-            }
-            for future in concurrent.futures.as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-# In a worker process: what its shards have in common, sent once instead of with each shard.
-_in_worker: tuple[Work, Event]
-
-
-def _start_worker(work: Work, stop: Event) -> None:
-    global _in_worker
-    _in_worker = work, stop
-    # Ctrl-C reaches the whole group; the parent alone answers, through `stop`.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _write_shard_in_worker(number: int, documents: range) -> DoneShard:
-    work, stop = _in_worker
-    return write_shard(work, number, documents, stop=stop)

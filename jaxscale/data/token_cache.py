@@ -37,6 +37,7 @@ CHUNK_TOKENS = 16 * 1024
 WRITER_OPTIONS = "group_size:1,zstd:1"
 # Below this size all checksums are verified whenever a cache is opened.
 SMALL_CACHE_BYTES = 256 * 2**20
+OTHER_CHECKSUM = "has another checksum than when it was written"
 
 
 class TokenCache:
@@ -58,7 +59,7 @@ class TokenCache:
           ConfigError: a file is missing or is not what index.json says.
         """
         self.path = pathlib.Path(path)
-        self.index = _read_index(self.path)
+        self.index = read_index(self.path)
         files: dict[str, dict[str, Any]] = self.index["files"]
         total = sum(file["bytes"] for file in files.values())
         full = verify == "full" or (verify == "auto" and total <= SMALL_CACHE_BYTES)
@@ -82,6 +83,7 @@ class TokenSplit:
     """The token stream of one split: documents one after the other, each followed by `eos`.
 
     Attributes:
+      cache: What it is a split of.
       num_tokens: Length of the stream, with the `eos` of every document.
       num_bytes: Bytes of the text, in UTF-8.
       num_documents: Documents in it.
@@ -90,7 +92,7 @@ class TokenSplit:
 
     def __init__(self, cache: TokenCache, name: str) -> None:
         entry = cache.index["splits"][name]
-        self._cache, self.name = cache, name
+        self.cache, self.name = cache, name
         self.num_tokens: int = entry["tokens"]
         self.num_bytes: int = entry["bytes"]
         self.num_documents: int = entry["documents"]
@@ -109,7 +111,7 @@ class TokenSplit:
         self._records = array_record_data_source.ArrayRecordDataSource(paths) if paths else []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenSplit, (self._cache, self.name)
+        return TokenSplit, (self.cache, self.name)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the stream, int32."""
@@ -254,29 +256,44 @@ def written_whole(path: pathlib.Path, *, replace: bool = False) -> Iterator[path
         shutil.rmtree(path.with_name(f".{path.name}.{unique}.old"), ignore_errors=True)
 
 
-def _read_index(path: pathlib.Path) -> dict[str, Any]:
+def read_index(path: pathlib.Path) -> dict[str, Any]:
+    """Return the content of a cache's index.json; raise ConfigError for a damaged one."""
     try:
         index: dict[str, Any] = records.read_json(path / INDEX_FILE)
         found = index["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damage(path, INDEX_FILE, f"cannot be read ({type(error).__name__})") from error
+        raise damage(path, INDEX_FILE, f"cannot be read ({type(error).__name__})") from error
     if found != FORMAT:
-        raise _damage(path, INDEX_FILE, f"is of format {found}, not {FORMAT}")
+        raise damage(path, INDEX_FILE, f"is of format {found}, not {FORMAT}")
     return index
 
 
 def _check_file(folder: pathlib.Path, name: str, expected: dict[str, Any], *, full: bool) -> None:
-    path = folder / name
+    fault = file_fault(folder / name, expected, full=full)
+    if fault:
+        raise damage(folder, name, fault)
+
+
+def file_fault(path: pathlib.Path, expected: Mapping[str, Any], *, full: bool) -> str:
+    """Return what is wrong with a file, or nothing.
+
+    Args:
+      path: Of the file.
+      expected: Its `bytes` and `sha256`.
+      full: Whether to read it for its checksum.
+    """
     if not path.is_file():
-        raise _damage(folder, name, "is missing")
+        return "is missing"
     size = path.stat().st_size
     if size != expected["bytes"]:
-        raise _damage(folder, name, f"has {size} bytes instead of {expected['bytes']}")
+        return f"has {size} bytes instead of {expected['bytes']}"
     if full and _sha256(path) != expected["sha256"]:
-        raise _damage(folder, name, "has another checksum than when it was written")
+        return OTHER_CHECKSUM
+    return ""
 
 
-def _damage(folder: pathlib.Path, name: str, what: str) -> ConfigError:
+def damage(folder: pathlib.Path, name: str, what: str) -> ConfigError:
+    """Return the error of a file that is not as it should be."""
     return ConfigError(
         f"token cache {folder}: {name} {what}; delete that folder, or prepare it again with force"
     )

@@ -102,11 +102,11 @@ def dry_run(config: Config) -> DryRun:
         device_kind=assembly.mesh.devices.flat[0].device_kind,
         parameters=tuple(_rows(state.params, assembly.definition.axes)),
         num_parameters=num_parameters(state.params),
-        params_bytes=_device_bytes(state.params),
-        optimizer_bytes=_device_bytes(state.optimizer),
-        batch_bytes=_device_bytes(abstract_batch(assembly)),
+        params_bytes=bytes_on_device(state.params),
+        optimizer_bytes=bytes_on_device(state.optimizer),
+        batch_bytes=bytes_on_device(abstract_batch(assembly)),
         step_bytes=program_bytes(program),
-        device_bytes=_memory(assembly.mesh),
+        device_bytes=memory_of_device(assembly.mesh),
         tokens_per_step=tokens,
         model_flops_per_step=tokens * train_flops_per_token(config.model, config.data.length),
         compile_seconds=seconds,
@@ -125,7 +125,7 @@ def _rows(params: Any, axes: Any) -> Iterator[ArrayRow]:
             axes=logical,
             sharding=tuple(",".join(_names(part)) for part in spec),
             device_shape=leaf.sharding.shard_shape(leaf.shape),
-            device_bytes=_device_bytes(leaf),
+            device_bytes=bytes_on_device(leaf),
         )
 
 
@@ -133,7 +133,7 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
 
 
-def _device_bytes(tree: Any) -> int:
+def bytes_on_device(tree: Any) -> int:
     """Return the bytes that one device holds of a pytree of abstract arrays."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -141,7 +141,7 @@ def _device_bytes(tree: Any) -> int:
     )
 
 
-def _memory(mesh: Mesh) -> int:
+def memory_of_device(mesh: Mesh) -> int:
     """Return the memory of the smallest local device, in bytes."""
     local = mesh.local_devices
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in local]

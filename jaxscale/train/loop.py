@@ -14,14 +14,14 @@ import jax
 
 from jaxscale import records, runtime, workdir
 from jaxscale.bundle.sampling import Sampling
-from jaxscale.config import Config
+from jaxscale.config import Config, Stopped
 from jaxscale.data.prepare import Progress
 from jaxscale.goodput import Goodput
 from jaxscale.inference import Generator
 from jaxscale.profiling import StepProfiler
 from jaxscale.train.evaluate import Evaluation, compile_evaluation, evaluate
 from jaxscale.train.log import StepLog
-from jaxscale.train.preemption import StoppedError, StopRequest
+from jaxscale.train.preemption import StopRequest
 from jaxscale.train.start import Run, open_run, save_state
 from jaxscale.train.state import TrainState
 from jaxscale.train.step import compile_step
@@ -66,19 +66,20 @@ def train(
 
     Raises:
       ConfigError: a user's mistake, before anything compiles.
+      Stopped: a signal came while the corpus was tokenized.
     """
     folder = workdir.check_writable(folder)
     goodput = Goodput(folder, primary=runtime.is_primary())
     with contextlib.ExitStack() as stack:
-        stop = StopRequest()
+        # Before the corpus is tokenized and the step compiled, which may take long.
+        stop = stack.enter_context(StopRequest(in_group=jax.process_count() > 1))
         with goodput.measure(records.INIT_SECONDS):
             run = open_run(
                 config,
                 folder,
                 allow_config_change=allow_config_change,
                 progress=progress,
-                # Reading the state and compiling may take minutes: a request meanwhile is kept.
-                when_prepared=lambda: stack.enter_context(stop),
+                stop=stop.asked,
             )
         stack.enter_context(run.checkpointer)
         with goodput.measure(records.COMPILE_SECONDS):
@@ -128,7 +129,7 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
     if ending == DONE:
         try:
             final = aside.evaluate(state, step)
-        except StoppedError:
+        except Stopped:
             ending = PREEMPTED
     with goodput.measure(records.CHECKPOINT_SECONDS):
         run.checkpointer.wait()
@@ -169,7 +170,7 @@ class Aside:
         train = self.run.assembly.config.train
         if train.eval_every and step % train.eval_every == 0 and step < train.steps:
             # The loop sees the request before its next step.
-            with contextlib.suppress(StoppedError):
+            with contextlib.suppress(Stopped):
                 self.evaluate(state, step)
         if train.sample_every and step % train.sample_every == 0:
             self._sample(state, step)
@@ -178,7 +179,7 @@ class Aside:
         """Score the validation windows, if there are any, and log the result.
 
         Raises:
-          StoppedError: a stop was asked for; nothing is logged.
+          Stopped: a stop was asked for; nothing is logged.
         """
         run = self.run
         if not len(run.loader.validation_windows):

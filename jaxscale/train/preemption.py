@@ -9,18 +9,17 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-import jax
 from jax.experimental import multihost_utils
 
-
-class StoppedError(Exception):
-    """A stop was asked for in the middle of something that need not end."""
+from jaxscale.config import Stopped
 
 
 class StopRequest:
     """Listens for signals while it is entered; the handlers before it come back at its exit."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_group: bool) -> None:
+        """Prepare to listen; `in_group` tells whether this is one of several JAX processes."""
+        self._in_group = in_group
         self._asked = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -30,7 +29,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._listen(signal.SIGINT)
             # In a process group JAX's own service takes SIGTERM and tells the others.
-            if jax.process_count() == 1:
+            if not self._in_group:
                 self._listen(signal.SIGTERM)
         return self
 
@@ -46,19 +45,23 @@ class StopRequest:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
-        if jax.process_count() > 1:
+        if self._in_group:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(self) -> bool:
+        """Tell whether to stop between steps; a group can only agree at a step."""
+        return self._asked and not self._in_group
 
     def agreed(self, step: int) -> bool:
         """Tell whether all processes stop before this step; each calls it at every step."""
-        if jax.process_count() > 1:
+        if self._in_group:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._asked
 
     def check(self) -> None:
-        """Raise StoppedError if a stop was asked for; between steps, where a loop need not wait.
+        """Raise Stopped if a stop was asked for; between steps, where a loop need not wait.
 
         Does nothing in a group, whose processes agree at steps alone.
         """
-        if self._asked and jax.process_count() == 1:
-            raise StoppedError
+        if self.asked():
+            raise Stopped("in the middle of something that need not end")

@@ -6,16 +6,16 @@ from.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxscale import config_source, records, runtime, workdir
 from jaxscale.checkpoint import Checkpointer
 from jaxscale.config import Config, ConfigError
 from jaxscale.data.loader import Loader
-from jaxscale.data.prepare import Progress, prepare
+from jaxscale.data.prepare import Progress, never, prepare
 from jaxscale.data.token_cache import TokenCache
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxscale.data.workers import Stop
 from jaxscale.resolve import fill, validate
 from jaxscale.train.restore import (
     Source,
@@ -41,7 +41,7 @@ class Run:
       state: to go on from.
       origin: where the state came from, in words.
       environment: versions, devices and host.
-      notes: what a person should know, such as a damaged checkpoint.
+      notes: what a person should know, such as a damaged checkpoint or how fast data was copied.
     """
 
     assembly: Assembly
@@ -55,23 +55,35 @@ class Run:
     notes: list[str]
 
 
-def open_data(assembly: Assembly, progress: Progress | None = None) -> tuple[Tokenizer, Loader]:
+class OpenData(NamedTuple):
+    """The tokenizer, the batches for a mesh, and what a person should know of the token cache."""
+
+    tokenizer: Tokenizer
+    loader: Loader
+    notes: tuple[str, ...]
+
+
+def open_data(
+    assembly: Assembly, *, progress: Progress | None = None, stop: Stop = never
+) -> OpenData:
     """Prepare or find the token cache, and return its tokenizer and batches for this mesh.
 
     Raises:
       ConfigError: the corpus or the tokenizer cannot be used with this config.
+      Stopped: `stop` said so.
     """
     config = assembly.config
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(tokenizer, config.model.vocab_size)
+    prepared = prepare(config.data, progress=progress, stop=stop)
     loader = Loader(
-        TokenCache(prepare(config.data, progress=progress).path),
+        TokenCache(prepared.path),
         config.data,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         sharding=assembly.batch_sharding,
     )
-    return tokenizer, loader
+    return OpenData(tokenizer, loader, prepared.notes)
 
 
 def open_run(
@@ -80,7 +92,7 @@ def open_run(
     *,
     allow_config_change: bool = False,
     progress: Progress | None = None,
-    when_prepared: Callable[[], object] = lambda: None,
+    stop: Stop = never,
 ) -> Run:
     """Check everything, prepare the data, and restore or make the state.
 
@@ -89,11 +101,11 @@ def open_run(
       folder: the workdir, which can be written.
       allow_config_change: go on in a workdir whose config differs.
       progress: told of the documents prepared.
-      when_prepared: called between the data, whose preparation can be broken off at any time, and
-        the state.
+      stop: asked now and then whether to stop preparing.
 
     Raises:
       ConfigError: a user's mistake, or damage that leaves nothing to go on from, in one line.
+      Stopped: `stop` said so.
     """
     resolved = resolve_for(config, folder)
     config, origin = resolved.config, resolved.origin
@@ -102,15 +114,14 @@ def open_run(
     assembly = assemble(config)
     source = find_source(config, folder)
     _check_steps(source, config)
-    tokenizer, loader = open_data(assembly, progress)
-    when_prepared()
+    tokenizer, loader, data_notes = open_data(assembly, progress=progress, stop=stop)
     if not allow_config_change:
         _check_same_data(source, config, tokenizer, loader)
     check_samples(config)
     environment = runtime.describe()
     state, words = first_state(assembly, source, tokenizer)
     # Last, so that a run that could not start leaves the workdir as it was.
-    notes = make_way(source)
+    notes = [*data_notes, *make_way(source)]
     if runtime.is_primary():
         workdir.write_config(folder, config, environment)
     checkpointer = Checkpointer(folder, config.checkpoint)

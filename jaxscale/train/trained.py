@@ -136,7 +136,7 @@ def evaluate_trained(
       ConfigError: nothing is held apart (data.validation_fraction).
     """
     config = trained.assembly.config
-    _, loader = open_data(trained.assembly)
+    loader = open_data(trained.assembly).loader
     evaluation = evaluate(trained.assembly, trained.params, loader, num_batches=num_batches)
     scores: list[float | None] = [None, None]
     if baselines:

@@ -10,28 +10,28 @@ import pytest
 
 from jaxscale import records
 from jaxscale.checkpoint import Checkpointer
-from jaxscale.config import CheckpointConfig
+from jaxscale.config import CheckpointConfig, Stopped
 from jaxscale.train import start
 from jaxscale.train.loop import DONE, PREEMPTED, train
-from jaxscale.train.preemption import StoppedError, StopRequest
+from jaxscale.train.preemption import StopRequest
 from tests.programs import RUN_STEPS
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with StopRequest() as stop:
+    with StopRequest(in_group=False) as stop:
         assert not stop.agreed(0)
         stop.check()
         os.kill(os.getpid(), number)
         assert stop.agreed(1)
-        with pytest.raises(StoppedError):
+        with pytest.raises(Stopped):
             stop.check()
     assert signal.getsignal(number) == before
 
 
 def test_a_second_interrupt_insists_and_a_second_sigterm_does_not() -> None:
-    with StopRequest() as stop:
+    with StopRequest(in_group=False) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed(0)
