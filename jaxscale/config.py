@@ -145,8 +145,10 @@ class RulesConfig:
 class DataConfig:
     """Where tokens come from and how batches are cut from them."""
 
-    source: str = knob("python_stdlib", "python_stdlib, synthetic, or files:GLOB of text")
-    tokenizer: str = knob("bytes", "bytes, or the path of a Hugging Face tokenizer.json")
+    source: str = knob(
+        "python_stdlib", "python_stdlib, synthetic, files:GLOB, tfds:NAME, or a mixture"
+    )
+    tokenizer: str = knob("bytes", "bytes, bpe:SIZE, or the path of a tokenizer.json")
     length: int = knob(1024, "tokens per sequence", minimum=1)
     window_stride: int = knob(
         0, "tokens from one window's start to the next; 0 = data.length", minimum=0

@@ -20,6 +20,7 @@ FORMAT = 1
 # Files of a workdir.
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
+TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 GOODPUT_FILE = "goodput.jsonl"
 CHECKPOINTS_DIR = "checkpoints"

@@ -109,27 +109,30 @@ def prepare(args: argparse.Namespace) -> int:
     if args.profile:
         return profile(args)
     from jaxscale.console import counting
-    from jaxscale.data.prepare import prepare
+    from jaxscale.data.corpus import prepare_corpus
     from jaxscale.train.preemption import StopRequest
 
     config = resolve(_needed_config(args))
     with StopRequest(in_group=False) as stop, counting("documents", sys.stdout) as progress:
-        result = prepare(
+        results = prepare_corpus(
             config.data,
             workers=args.workers,
             progress=progress,
             force=args.force,
             stop=stop.asked,
         )
-    state = "found" if result.reused else "written"
-    print(f"token cache {state} in {result.seconds:.1f} s: {result.path}")
-    for name, counts in (("train", result.train), ("validation", result.validation)):
-        print(f"  {name}: {counts.documents:,} documents, {counts.tokens:,} tokens")
-    if result.skipped_documents:
-        print(f"  skipped: {result.skipped_documents:,} documents, empty or not UTF-8")
-    for note in result.notes:
-        print(f"  {note}")
-    _write_result(args, config, [dataclasses.asdict(result)])
+    for result in results:
+        state = "found" if result.reused else "written"
+        of = f" of {result.source}" if len(results) > 1 else ""
+        print(f"token cache{of} {state} in {result.seconds:.1f} s: {result.path}")
+        for name, counts in (("train", result.train), ("validation", result.validation)):
+            print(f"  {name}: {counts.documents:,} documents, {counts.tokens:,} tokens")
+        for reason, skipped in result.skipped.items():
+            more = ", ..." if skipped.documents > len(skipped.names) else ""
+            print(f"  skipped: {skipped.documents:,} {reason} ({', '.join(skipped.names)}{more})")
+        for note in result.notes:
+            print(f"  {note}")
+    _write_result(args, config, [dataclasses.asdict(result) for result in results])
     return DONE
 
 

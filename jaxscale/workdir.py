@@ -69,3 +69,8 @@ def write_config(workdir: pathlib.Path, config: Config, environment: dict[str, A
     """Write the resolved config and what it runs on."""
     records.write_json(workdir / records.CONFIG_FILE, config_source.to_mapping(config))
     records.write_json(workdir / records.ENVIRONMENT_FILE, environment)
+
+
+def write_tokenizer(workdir: pathlib.Path, text: str) -> None:
+    """Write the run's tokenizer.json: readers need no corpus where it was trained on one."""
+    (workdir / records.TOKENIZER_FILE).write_text(text, encoding="utf-8")

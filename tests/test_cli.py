@@ -289,7 +289,7 @@ def test_an_interrupt_that_insists_exits_130(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxscale.data.prepare.prepare", interrupted)
+    monkeypatch.setattr("jaxscale.data.corpus.prepare_corpus", interrupted)
     assert main(["prepare", *TINY]) == 130
     assert capsys.readouterr().err == "jaxscale: interrupted\n"
 
@@ -327,3 +327,30 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(
 def test_a_prompt_that_is_no_text_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--workdir=x", "--prompt=\udcff"]) == 2
     assert "is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_prepare_shows_each_part_of_a_mixture_and_what_it_left_out(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"text {number} " * 20)
+    (tmp_path / "bad.txt").write_bytes(b"\xe9")
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 9 + "[]\n" * 7)
+    sources = [f"files:{tmp_path}/*.txt", f"files:{tmp_path}/a.jsonl"]
+    arguments = [
+        *TINY,
+        f"--config.data.source=0.7 {sources[0]}; 0.3 {sources[1]}",
+        f"--config.data.cache_dir={tmp_path}/caches",
+        f"--json={tmp_path}/result.json",
+    ]
+    assert main(["prepare", *arguments]) == 0
+    output = capsys.readouterr().out
+    for source in sources:
+        assert f"token cache of {source} written in " in output
+    assert f"  skipped: 1 not UTF-8 ({tmp_path}/bad.txt)\n" in output
+    names = ", ".join(f"{tmp_path}/a.jsonl:{line}" for line in range(10, 15))
+    assert f"  skipped: 7 not a JSON object ({names}, ...)\n" in output
+    rows = records.read_json(tmp_path / "result.json")["rows"]
+    assert [row["source"] for row in rows] == sources
+    assert [row["skipped_documents"] for row in rows] == [1, 7]
+    assert rows[0]["skipped"] == {"not UTF-8": {"documents": 1, "names": [f"{tmp_path}/bad.txt"]}}

@@ -1,5 +1,5 @@
 """Text to batches: sources, tokenizer, token cache, prepare, loader, and n-gram baselines.
 
-`prepare` turns a source of documents into a token cache once; a `Loader` cuts any length of window
-out of that cache and hands out batches that depend on the seed and the step alone.
+`corpus` turns each source of documents into a token cache once; a `Loader` cuts any length of
+window out of those caches and hands out batches that depend on the seed and the step alone.
 """

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxscale import records
+from jaxscale.data.shards import DoneShard, skipped_from_json
 from jaxscale.data.token_cache import Shard, file_fault
 
 SHARD_FILE = "shard.json"
@@ -31,30 +32,13 @@ BEGUN_SECONDS = 3600.0
 KEPT_SECONDS = 7 * 24 * 3600.0
 
 
-@dataclasses.dataclass(frozen=True)
-class DoneShard:
-    """What became of one range of documents.
-
-    Attributes:
-      splits: What was written, by split; a split without documents has nothing.
-      num_skipped: Documents left out.
-      folder: Where the files are.
-      found: Whether it was there already.
-    """
-
-    splits: dict[str, Shard]
-    num_skipped: int
-    folder: pathlib.Path
-    found: bool = False
-
-
 def find(folder: pathlib.Path, number: int) -> DoneShard | None:
     """Return a shard that is done; one whose files are not as they were written is removed."""
     place = _place(folder, number)
     try:
         entry = records.read_json(place / SHARD_FILE)
         splits = {name: _from_json(values) for name, values in entry["splits"].items()}
-        done = DoneShard(splits, entry["num_skipped"], place, found=True)
+        done = DoneShard(splits, skipped_from_json(entry["skipped"]), place, found=True)
     except (OSError, ValueError, KeyError, TypeError):
         done = None
     if done is None or any(_fault(place, shard) for shard in done.splits.values()):
@@ -79,7 +63,8 @@ def keep(folder: pathlib.Path, number: int, shard: DoneShard) -> DoneShard:
     """Put a written shard in its place; return it, or that of a process that was first."""
     place = _place(folder, number)
     splits = {name: _to_json(written) for name, written in shard.splits.items()}
-    entry = {"splits": splits, "num_skipped": shard.num_skipped}
+    skipped = {reason: dataclasses.asdict(counts) for reason, counts in shard.skipped.items()}
+    entry = {"splits": splits, "skipped": skipped}
     records.write_json(shard.folder / SHARD_FILE, entry)
     try:
         shard.folder.rename(place)

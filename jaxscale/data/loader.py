@@ -10,6 +10,7 @@ B rows of a batch, L tokens of a row.
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Generator
 from typing import Any
@@ -19,7 +20,9 @@ import jax
 import numpy as np
 
 from jaxscale.config import ConfigError, DataConfig
-from jaxscale.data.token_cache import TRAIN, VALIDATION, TokenCache, TokenSplit
+from jaxscale.data import token_cache
+from jaxscale.data.mixture import Mixture, drawn, place
+from jaxscale.data.token_cache import VALIDATION, TokenCache, TokenSplit
 
 # `tokens`, `targets`, `segments`: int32; `weights`: float32; each (B, L).
 HostBatch = dict[str, np.ndarray]
@@ -62,18 +65,19 @@ class Windows:
         start = index * self.step
         tokens = self.split.read(start, start + self.length + 1)
         first_of_document = np.zeros(self.length, np.int32)
-        weights = np.ones(self.length, np.float32)
         if self.document_mask:
             offsets = self._document_offsets(start)
-            weights[offsets - 1] = 0
-            first_of_document[offsets[offsets < self.length]] = 1
+            first_of_document[offsets] = 1
+        has_weight = self.split.has_weight(
+            start + 1, start + self.length + 1, document_mask=self.document_mask
+        )
         if self.once and index:
-            weights[: self.length - self.step] = 0
+            has_weight[: self.length - self.step] = False
         return {
             "tokens": tokens[:-1],
             "targets": tokens[1:],
             "segments": 1 + np.cumsum(first_of_document, dtype=np.int32),
-            "weights": weights,
+            "weights": has_weight.astype(np.float32),
         }
 
     def check_not_empty(self) -> None:
@@ -85,58 +89,99 @@ class Windows:
             remedy = "lower it, give more text, or raise data.validation_fraction"
         raise ConfigError(
             f"data.length={self.length} needs {self.length + 1} tokens, and the {self.split.name} "
-            f"split holds {self.split.num_tokens}; {remedy}"
+            f"split of {self.split.source} holds {self.split.num_tokens}; {remedy}"
         )
 
     def _document_offsets(self, start: int) -> np.ndarray:
-        """Return the offsets, in 1..length, at which documents begin in the window at `start`."""
+        """Return the offsets, in [1, length), at which documents begin in the window at `start`."""
         starts = self.split.document_starts
-        first, last = np.searchsorted(starts, [start + 1, start + self.length + 1])
+        first, last = np.searchsorted(starts, [start + 1, start + self.length])
         return np.asarray(starts[first:last]) - start
 
     def text_bytes(self, num_windows: int) -> float:
         """Return the UTF-8 bytes of the weighted targets of the first windows: for bits per byte.
 
         bytes = (targets with weight that are not `eos`) x (bytes of the split) / (tokens of the
-        split that are not `eos`); with the byte tokenizer the ratio is 1 and the count exact.
+        split that are not `eos`), both without prompts; with the byte tokenizer the ratio is 1 and
+        the count exact.
         """
         starts = np.arange(num_windows) * self.step
         stops = starts + self.length
         if self.once:
             starts[1:] = stops[:-1]
-        targets = np.sum(self._text_targets(stops) - self._text_targets(starts))
-        text_tokens = self.split.num_tokens - self.split.num_documents
-        return float(targets * self.split.num_bytes / text_tokens)
-
-    def _text_targets(self, stops: np.ndarray) -> np.ndarray:
-        """Return how many positions in 1..stop hold weighted targets that are not `eos`."""
-        starts = self.split.document_starts
-        # An `eos` stands before each start but the first, and at the end.
-        num_eos = np.searchsorted(starts, stops + 1, side="right") - 1
-        num_eos += stops == self.split.num_tokens - 1
-        num_unweighted = np.searchsorted(starts, stops, side="right") - 1
-        return stops - num_eos - (num_unweighted if self.document_mask else 0)
+        split = self.split
+        after, before = (
+            split.count_text(edges + 1, document_mask=self.document_mask)
+            for edges in (stops, starts)
+        )
+        tokens = split.num_tokens - split.num_documents
+        if split.prompt_tokens is not None:
+            tokens -= int(split.prompt_tokens.sum())
+        text_bytes = split.num_bytes - split.prompt_bytes
+        return float(np.sum(after - before) * text_bytes / tokens)
 
 
-def make_windows(cache: TokenCache, split: str, data: DataConfig) -> Windows:
-    """Return the windows of a split; of validation windows each target is scored once."""
+@dataclasses.dataclass(frozen=True)
+class MixedWindows:
+    """The windows of every part of a mixture, each once, interleaved evenly."""
+
+    parts: tuple[Windows, ...]
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def __getitem__(self, index: int) -> HostBatch:
+        part, number = place(index, self._counts)
+        return self.parts[part][number]
+
+    @functools.cached_property
+    def _counts(self) -> tuple[int, ...]:
+        return tuple(map(len, self.parts))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all parts."""
+        return sum(part.split.num_tokens for part in self.parts)
+
+    def check_not_empty(self) -> None:
+        """Raise ConfigError where no part holds a window."""
+        if not len(self):
+            self.parts[0].check_not_empty()
+
+    def first(self, num_windows: int) -> list[int]:
+        """Return how many windows of each part are among the first ones."""
+        return drawn(num_windows, self._counts)
+
+    def text_bytes(self, num_windows: int) -> float:
+        """Return the UTF-8 bytes of the weighted targets of the first windows."""
+        counts = self.first(num_windows)
+        return sum(p.text_bytes(n) for p, n in zip(self.parts, counts, strict=True) if n)
+
+
+def mixed_windows(mixture: Mixture, split: str, data: DataConfig) -> MixedWindows:
+    """Return the windows of one split of every part; of validation each target is scored once."""
     once = split == VALIDATION
-    return Windows(cache.split(split), data.length, data.document_mask, data.window_stride, once)
+    return MixedWindows(
+        tuple(
+            Windows(cache.split(split), data.length, data.document_mask, data.window_stride, once)
+            for cache in mixture.caches
+        )
+    )
 
 
 class Loader:
-    """Batches of a token cache for one run.
+    """Batches of a token cache, or of a mixture of several, for one run.
 
     Attributes:
       cache: The tokens.
       windows: The training windows.
-      validation_windows: The windows held apart; none where the cache holds nothing apart.
+      validation_windows: The windows held apart; none where nothing is held apart.
       local_rows: Rows of each global batch that this process reads, rising.
     """
 
     def __init__(
         self,
-        cache: TokenCache,
+        cache: TokenCache | Mixture,
         data: DataConfig,
         *,
         global_batch_size: int,
@@ -153,14 +198,21 @@ class Loader:
           sharding: Of a (B, L) array, over the devices of all processes; None gives numpy arrays.
 
         Raises:
-          ConfigError: the training split is shorter than a window.
+          ConfigError: a part's training split is shorter than a window.
         """
-        self.cache, self._data, self._sharding = cache, data, sharding
+        mixture = cache if isinstance(cache, Mixture) else Mixture((cache,))
+        self.cache, self._data, self._sharding = mixture, data, sharding
         self._shape = (global_batch_size, data.length)
-        self.windows = make_windows(cache, TRAIN, data)
-        self.validation_windows = make_windows(cache, VALIDATION, data)
-        self.windows.check_not_empty()
-        self._examples = grain.MapDataset.source(self.windows).seed(seed).shuffle().repeat()
+        self.windows, self.validation_windows = (
+            mixed_windows(mixture, name, data) for name in token_cache.SPLITS
+        )
+        for part in self.windows.parts:
+            part.check_not_empty()
+        self._weights = mixture.weights
+        self._examples = [
+            grain.MapDataset.source(part).seed(seed).shuffle().repeat()
+            for part in self.windows.parts
+        ]
         self.local_rows = _local_rows(sharding, self._shape)
 
     def batches(self, start_step: int = 0) -> Generator[Batch]:
@@ -192,7 +244,8 @@ class Loader:
         return _HostBatches(self._training_row, self.local_rows, *self._shape)[step]
 
     def _training_row(self, index: int) -> HostBatch:
-        row: HostBatch = self._examples[index]
+        part, number = place(index, self._weights)
+        row: HostBatch = self._examples[part][number]
         return row
 
     def _validation_row(self, index: int) -> HostBatch:

@@ -10,13 +10,15 @@ with the strengths k1 and k2 that fit the last tenth of the training split best,
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import numpy as np
 
 from jaxscale.config import DataConfig
-from jaxscale.data.loader import make_windows
+from jaxscale.data.loader import mixed_windows
+from jaxscale.data.mixture import Mixture
 from jaxscale.data.token_cache import TRAIN, VALIDATION, TokenCache, TokenSplit
 
 STRENGTHS = tuple(float(k) for k in np.geomspace(1e-2, 1e6, 33))
@@ -42,6 +44,10 @@ class Pairs:
         """Counts of each token as a context, (V,)."""
         return np.bincount(self.keys // self.vocab, self.counts, self.vocab)
 
+    def scaled(self, factor: float) -> "Pairs":
+        """Return the pairs with all counts times a factor."""
+        return Pairs(self.keys, self.counts * factor, self.vocab)
+
     def look_up(self, keys: np.ndarray) -> np.ndarray:
         """Return the counts of some keys, 0 for those never seen."""
         if not len(self.keys):
@@ -51,40 +57,59 @@ class Pairs:
 
 
 def ngram_bits_per_byte(
-    cache: TokenCache, data: DataConfig, order: int, *, num_windows: int = 0
+    cache: TokenCache | Mixture, data: DataConfig, order: int, *, num_windows: int = 0
 ) -> float:
     """Return the bits per byte of an n-gram model on the validation windows.
 
     Args:
-      cache: Train split to count, validation split to score.
+      cache: Train split to count, validation split to score; of a mixture those of all parts, and
+        each part's counts are scaled to its weight.
       data: Of it, length, window_stride and document_mask count: they decide which targets have
         weight.
       order: 1 for the unigram, 2 for the bigram model.
       num_windows: Windows to score, from the first on; 0 is all.
 
     Returns:
-      Nats of all weighted targets / ln 2 / `Windows.text_bytes` of those windows.
+      Nats of all weighted targets / ln 2 / `text_bytes` of those windows.
     """
     if order not in (1, 2):
         raise ValueError(f"order={order}; there are unigrams (1) and bigrams (2)")
-    windows = make_windows(cache, VALIDATION, data)
+    mixture = cache if isinstance(cache, Mixture) else Mixture((cache,))
+    windows = mixed_windows(mixture, VALIDATION, data)
     windows.check_not_empty()
     num_windows = min(num_windows or len(windows), len(windows))
-    vocab = cache.index["vocab_size"]
-    train = cache.split(TRAIN)
-    edge = int(train.num_tokens * (1 - HELD_OUT_SHARE))
-    first = count_pairs(train, 0, edge, vocab=vocab, document_mask=data.document_mask)
-    last = count_pairs(
-        train, edge, train.num_tokens - 1, vocab=vocab, document_mask=data.document_mask
+    vocab = mixture.caches[0].index["vocab_size"]
+    count = functools.partial(count_pairs, vocab=vocab, document_mask=data.document_mask)
+    first, last = _count_training(mixture, count, vocab)
+    scored = _merge(
+        [
+            count(part.split, 0, part.num_targets(number))
+            for part, number in zip(windows.parts, windows.first(num_windows), strict=True)
+        ],
+        vocab,
     )
-    stop = windows.num_targets(num_windows)
-    scored = count_pairs(windows.split, 0, stop, vocab=vocab, document_mask=data.document_mask)
     whole = _merge([first, last], vocab)
     k1 = _best(lambda k: _nats(first, last, (k,)))
     strengths: tuple[float, ...] = (k1,)
     if order == 2:
         strengths = k1, _best(lambda k: _nats(first, last, (k1, k)))
     return _nats(whole, scored, strengths) / math.log(2) / windows.text_bytes(num_windows)
+
+
+def _count_training(
+    mixture: Mixture, count: Callable[[TokenSplit, int, int], Pairs], vocab: int
+) -> tuple[Pairs, Pairs]:
+    """Count the training splits: all but the last tenth of each, and that."""
+    splits = [cache.split(TRAIN) for cache in mixture.caches]
+    total = sum(split.num_tokens for split in splits)
+    first, last = [], []
+    for split, weight in zip(splits, mixture.weights, strict=True):
+        edge = int(split.num_tokens * (1 - HELD_OUT_SHARE))
+        # Parts count as often as they are read, and all together as often as their tokens.
+        scale = total * weight / sum(mixture.weights) / split.num_tokens
+        first.append(count(split, 0, edge).scaled(scale))
+        last.append(count(split, edge, split.num_tokens - 1).scaled(scale))
+    return _merge(first, vocab), _merge(last, vocab)
 
 
 def count_pairs(
@@ -96,9 +121,7 @@ def count_pairs(
         end = min(stop, begin + BLOCK_TOKENS)
         tokens = split.read(begin, end + 1).astype(np.int64)
         keys = tokens[:-1] * vocab + tokens[1:]
-        if document_mask:
-            first, last = np.searchsorted(split.document_starts, [begin + 1, end + 1])
-            keys = np.delete(keys, split.document_starts[first:last] - begin - 1)
+        keys = keys[split.has_weight(begin + 1, end + 1, document_mask=document_mask)]
         keys, counts = np.unique(keys, return_counts=True)
         parts.append(Pairs(keys, counts, vocab))
     return _merge(parts, vocab)

@@ -23,27 +23,28 @@ from collections.abc import Callable, Iterator, Sequence
 from jaxscale import records
 from jaxscale.config import ConfigError, DataConfig, Stopped
 from jaxscale.data import kept_shards, token_cache
-from jaxscale.data.kept_shards import DoneShard
+from jaxscale.data.documents import HASH_LIMIT, Source
 from jaxscale.data.local_copy import Copied, copy_cache
-from jaxscale.data.sources import Source, open_source
-from jaxscale.data.token_cache import TRAIN, VALIDATION, ShardWriter, TokenCache
+from jaxscale.data.shards import (
+    DoneShard,
+    SkippedCounts,
+    Work,
+    merge_skipped,
+    skipped_from_json,
+    write_shard,
+)
+from jaxscale.data.sources import open_source
+from jaxscale.data.token_cache import TRAIN, VALIDATION, TokenCache
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
-from jaxscale.data.workers import Stop, run_in_line, run_in_processes
+from jaxscale.data.workers import Stop, never, run_in_line, run_in_processes
 
 SHARD_BYTES = 2 * 2**20
 MAX_SHARDS = 1024
 # Below so much text, starting processes takes longer than they save.
 IN_LINE_BYTES = 8 * 2**20
 IN_LINE_BYTES_OF_BYTES = 256 * 2**20
-# Documents whose hash is below validation_fraction of this are held apart.
-HASH_LIMIT = 2**64
 
 Progress = Callable[[int, int], None]
-
-
-def never() -> bool:
-    """Answer that nobody asks to stop."""
-    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +61,24 @@ class PrepareResult:
     """A token cache that is ready.
 
     Attributes:
+      source: What it was made from.
       path: Its folder.
       reused: Whether it was there already.
-      skipped_documents: Documents left out, being empty or not UTF-8.
+      skipped_documents: Documents left out.
+      skipped: The same by reason.
       seconds: Time this call took.
       found_shards: Shards that others, or an interrupted prepare, had done.
       shards: Shards in all; 0 where the cache was there already.
       copied: The copy in data.local_cache_dir, if that is set; `path` is its folder then.
     """
 
+    source: str
     path: pathlib.Path
     reused: bool
     train: SplitCounts
     validation: SplitCounts
     skipped_documents: int
+    skipped: dict[str, SkippedCounts]
     seconds: float
     found_shards: int = 0
     shards: int = 0
@@ -152,10 +157,12 @@ def prepare(
         for name, entry in index["splits"].items()
     }
     return PrepareResult(
+        source=data.source,
         path=path,
         reused=reused,
         **counts,
         skipped_documents=index["skipped_documents"],
+        skipped=skipped_from_json(index.get("skipped", {})),  # older caches lack it
         seconds=time.perf_counter() - started,
         found_shards=sum(shard.found for shard in done),
         shards=len(done),
@@ -211,23 +218,6 @@ def _folder_name(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
     return f"{kind}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What the shards of one corpus have in common.
-
-    Attributes:
-      folder: Where their files go.
-      validation_below: Documents whose hash is less are held apart.
-      validation_tail: Instead, such a share at the end of every document is; 0 is off.
-    """
-
-    source: Source
-    tokenizer: Tokenizer
-    folder: pathlib.Path
-    validation_below: int
-    validation_tail: float = 0.0
-
-
 def write_cache(
     data: DataConfig, work: Work, path: pathlib.Path, running: Running, *, force: bool = False
 ) -> list[DoneShard]:
@@ -247,6 +237,7 @@ def write_cache(
 def _write_index(
     data: DataConfig, work: Work, folder: pathlib.Path, done: Sequence[DoneShard]
 ) -> None:
+    skipped = merge_skipped([d.skipped for d in done])
     token_cache.write_index(
         folder,
         {name: [d.splits[name] for d in done if name in d.splits] for name in token_cache.SPLITS},
@@ -259,7 +250,8 @@ def _write_index(
             "eos_id": work.tokenizer.eos_id,
             "dtype": token_cache.token_dtype(work.tokenizer.size).str,
             "validation_fraction": data.validation_fraction,
-            "skipped_documents": sum(d.num_skipped for d in done),
+            "skipped_documents": sum(counts.documents for counts in skipped.values()),
+            "skipped": {reason: dataclasses.asdict(c) for reason, c in skipped.items()},
         },
         tokenizer_json=work.tokenizer.to_json(),
     )
@@ -276,11 +268,17 @@ def _is_divided(data: DataConfig, done: Sequence[DoneShard]) -> bool:
     )
     if not held + kept:
         raise ConfigError(
-            f"data.source={data.source!r} holds no UTF-8 text; name other files, "
-            "or use data.source=python_stdlib"
+            f"data.source={data.source!r} holds no UTF-8 text{_first_reason(done)}; "
+            "name other files, or use data.source=python_stdlib"
         )
     share, wanted = held / (held + kept), data.validation_fraction
     return wanted / 2 <= share <= 2 * wanted and (1 - wanted) / 2 <= 1 - share
+
+
+def _first_reason(done: Sequence[DoneShard]) -> str:
+    for reason, counts in merge_skipped([d.skipped for d in done]).items():
+        return f" ({counts.names[0]}: {reason})"
+    return ""
 
 
 def _write_shards(data: DataConfig, work: Work, running: Running) -> list[DoneShard]:
@@ -329,49 +327,3 @@ def make_shard(work: Work, number: int, documents: range, stop: Stop) -> DoneSha
         work_here = dataclasses.replace(work, folder=folder)
         shard = write_shard(work_here, number, documents, stop=stop)
         return shard and kept_shards.keep(work.folder, number, shard)
-
-
-def write_shard(
-    work: Work, number: int, documents: range, *, stop: Stop = never
-) -> DoneShard | None:
-    """Tokenize a range of documents into the files of shard `number`, one per split.
-
-    It depends on nothing but its arguments. Told to stop, it returns None.
-    """
-    dtype = token_cache.token_dtype(work.tokenizer.size)
-    writers = {
-        name: ShardWriter(
-            work.folder / f"{name}-{number:05d}.array_record", work.tokenizer.eos_id, dtype
-        )
-        for name in token_cache.SPLITS
-    }
-    num_skipped = 0
-    for index in documents:
-        if stop():
-            return None
-        document = work.source[index]
-        parts = _divide(document.text, work) if document is not None else {}
-        tokens = {name: work.tokenizer.encode(part) for name, part in parts.items()}
-        num_skipped += not any(map(len, tokens.values()))
-        for name, ids in tokens.items():
-            if len(ids):
-                writers[name].add(ids, text_bytes=len(parts[name].encode()))
-    shards = {name: writer.close() for name, writer in writers.items()}
-    return DoneShard(
-        splits={name: shard for name, shard in shards.items() if shard is not None},
-        num_skipped=num_skipped,
-        folder=work.folder,
-    )
-
-
-def _divide(text: str, work: Work) -> dict[str, str]:
-    """Return which part of a document goes to which split: all of it, or the end apart."""
-    if not work.validation_tail:
-        # By content, so that copies of a document are never on both sides.
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        is_held = int.from_bytes(digest, "big") < work.validation_below
-        return {VALIDATION if is_held else TRAIN: text}
-    around = min(max(int(len(text) * (1 - work.validation_tail)), 1), len(text) - 1)
-    # At a line's end, where there is one.
-    cut = text.rfind("\n", 0, around) + 1 or around
-    return {TRAIN: text[:cut], VALIDATION: text[cut:]}

@@ -20,14 +20,18 @@ import jax
 import numpy as np
 
 from jaxscale import records
-from jaxscale.config import DataConfig
+from jaxscale.config import ConfigError, DataConfig
 from jaxscale.data import token_cache
+from jaxscale.data.corpus import with_trained_tokenizer
+from jaxscale.data.documents import Document, Skipped, Source
 from jaxscale.data.loader import READ_THREADS, Loader, Windows
-from jaxscale.data.prepare import Running, Work, cache_root, never, write_cache, write_shard
-from jaxscale.data.sources import Document, Source, open_source
+from jaxscale.data.mixture import parse_mixture
+from jaxscale.data.prepare import Running, cache_root, write_cache
+from jaxscale.data.shards import Work, write_shard
+from jaxscale.data.sources import open_source
 from jaxscale.data.token_cache import TRAIN, ShardWriter, TokenCache, TokenSplit
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
-from jaxscale.data.workers import Stop, run_in_processes
+from jaxscale.data.workers import Stop, never, run_in_processes
 
 REPEATS = 5
 SAMPLE_BYTES = 2 * 2**20
@@ -95,6 +99,11 @@ def profile_pipeline(
     root = pathlib.Path(data.local_cache_dir).expanduser() if data.local_cache_dir else None
     root = root or cache_root(data)
     records.check_writable(root, f"data.cache_dir={root}")
+    if len(parse_mixture(data.source)[0]) > 1:
+        raise ConfigError(
+            f"data.source={data.source!r} is a mixture, and --profile measures one source; name one"
+        )
+    data = with_trained_tokenizer(data)
     source = open_source(data.source, cache_dir=cache_root(data) / "sources")
     tokenizer = load_tokenizer(data.tokenizer)
     # Should this process be killed, the next prepare removes it.
@@ -133,7 +142,7 @@ class Sample:
         while count < len(source) and num_bytes < SAMPLE_BYTES:
             document = source[count]
             count += 1
-            if document is not None:
+            if isinstance(document, Document):
                 num_bytes += len(document.text.encode())
                 tokenizer.encode(document.text)
             if num_bytes and time.perf_counter() - started > SAMPLE_SECONDS:
@@ -143,7 +152,7 @@ class Sample:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Document | None:
+    def __getitem__(self, index: int) -> Document | Skipped:
         return self.source[index]
 
 
@@ -167,7 +176,8 @@ def _num_batches(tokens_per_batch: int) -> int:
 
 def _tokenizing_stages(sample: Sample, tokenizer: Tokenizer, scratch: pathlib.Path) -> list[Rate]:
     """Measure reading documents, encoding them, and writing tokens, in this process."""
-    texts = [d.text for d in map(sample.__getitem__, range(len(sample))) if d is not None]
+    documents = map(sample.__getitem__, range(len(sample)))
+    texts = [d.text for d in documents if isinstance(d, Document)]
     encoded = [tokenizer.encode(text) for text in texts]
     tokens, size = sum(map(len, encoded)) + len(encoded), sample.num_bytes
 
@@ -224,7 +234,7 @@ def _timed_shard(work: Work, number: int, documents: range, stop: Stop) -> tuple
 
 def _loading_stages(loader: Loader) -> list[Rate]:
     """Measure what becomes of a window, one stage after the other, in one thread."""
-    windows = loader.windows
+    (windows,) = loader.windows.parts
     length, rows = windows.length, len(loader.local_rows)
     count = _num_batches(rows * length) * rows
     chosen = np.random.default_rng(0).integers(0, len(windows), count)

@@ -1,62 +1,39 @@
 """Where text comes from: one document at a time, by random access.
 
-A source is named in `data.source`: the interpreter's standard library, generated text, or files.
-Sources are small picklable values; worker processes reopen what they read. `prepare` calls this.
+A source is named in `data.source`: the interpreter's standard library, generated text, files or a
+dataset of TFDS. Sources are picklable; worker processes reopen what they read. `prepare` and
+`corpus` call this.
 """
 
-import dataclasses
 import functools
-import glob
 import hashlib
 import os
 import pathlib
 import random
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from jaxscale.config import ConfigError
+from jaxscale.data.documents import Document, Source
+from jaxscale.data.files import open_files
 
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A text and the name it goes by inside its source."""
-
-    key: str
-    text: str
-
-
-class Source(Protocol):
-    """Random access over documents, in an order that never changes."""
-
-    @property
-    def fingerprint(self) -> str:
-        """A short text that changes when the content does."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all documents, roughly; they decide how the work is divided."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Document | None:
-        """Return a document, or None for one that is not UTF-8 text."""
-
-
-KINDS = ("python_stdlib", "synthetic", "files:GLOB")
+KINDS = ("python_stdlib", "synthetic", "files:GLOB", "tfds:NAME")
 
 
 def open_source(spec: str, *, cache_dir: str | os.PathLike[str]) -> Source:
     """Open the source that `data.source` names.
 
     Args:
-      spec: `python_stdlib`, `synthetic`, or `files:GLOB`, where `**` goes into folders.
+      spec: `python_stdlib`, `synthetic`, `files:GLOB` or `tfds:NAME`, perhaps with `#FIELD` or
+        `#PROMPT,ANSWER`; docs/sources.md says more.
       cache_dir: Folder below which `python_stdlib` keeps its files.
 
     Raises:
-      ConfigError: an unknown kind, or a pattern that matches no file.
+      ConfigError: an unknown kind, or a corpus that cannot be found or read.
     """
     kind, _, argument = spec.partition(":")
     if spec == "python_stdlib":
@@ -64,7 +41,11 @@ def open_source(spec: str, *, cache_dir: str | os.PathLike[str]) -> Source:
     if spec == "synthetic":
         return SyntheticSource()
     if kind == "files":
-        return _open_files(spec, argument)
+        return open_files(spec, argument)
+    if kind == "tfds":
+        from jaxscale.data import tfds_source
+
+        return tfds_source.open_tfds(spec, argument)
     raise ConfigError(f"data.source={spec!r} is of no known kind; use one of {', '.join(KINDS)}")
 
 
@@ -100,47 +81,6 @@ class StdlibSource:
     def __getitem__(self, index: int) -> Document:
         example = self._examples[index]
         return Document(key=example["path"].decode(), text=example["text"].decode())
-
-
-@dataclasses.dataclass(frozen=True)
-class FilesSource:
-    """Text files; each one that is UTF-8 is a document."""
-
-    spec: str
-    paths: tuple[str, ...]
-    fingerprint: str
-    num_bytes: int
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Document | None:
-        path = self.paths[index]
-        try:
-            return Document(key=path, text=pathlib.Path(path).read_bytes().decode())
-        except UnicodeDecodeError:
-            return None
-        except OSError as error:
-            raise ConfigError(
-                f"data.source={self.spec!r}: {path} cannot be read ({error.strerror}); "
-                "make it readable or narrow the pattern"
-            ) from error
-
-
-def _open_files(spec: str, pattern: str) -> FilesSource:
-    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-    paths = sorted(os.path.abspath(path) for path in set(matches) if os.path.isfile(path))
-    if not paths:
-        raise ConfigError(
-            f"data.source={spec!r} matches no local file in {os.getcwd()}; check the pattern, "
-            "where ** goes into folders, or use data.source=python_stdlib"
-        )
-    digest, num_bytes = hashlib.sha256(), 0
-    for path in paths:
-        status = os.stat(path)
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        num_bytes += status.st_size
-    return FilesSource(spec, tuple(paths), f"files {digest.hexdigest()}", num_bytes)
 
 
 class SyntheticSource:

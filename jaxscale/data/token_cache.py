@@ -4,6 +4,7 @@
            tokenizer.json            the tokenizer it was made with
            SPLIT-00000.array_record  records of CHUNK_TOKENS ids; the last of a shard is shorter
            SPLIT-documents.npy       where each document starts in the stream, int64
+           SPLIT-prompts.npy         tokens of each document's prompt, int64, where there are any
 
 It knows nothing of sequence lengths, so that any length reads it. `prepare` writes it.
 """
@@ -30,7 +31,6 @@ from jaxscale.config import ConfigError
 
 FORMAT = 1
 INDEX_FILE = "index.json"
-TOKENIZER_FILE = "tokenizer.json"
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
 # 32 KiB of 16-bit ids: little to read for one window, and enough to compress well.
 CHUNK_TOKENS = 16 * 1024
@@ -88,6 +88,8 @@ class TokenSplit:
       num_bytes: Bytes of the text, in UTF-8.
       num_documents: Documents in it.
       document_starts: Position of the first token of each, int64, rising.
+      prompt_tokens: How many of its first tokens are prompt, int64; None where none has a prompt.
+      prompt_bytes: Bytes of all prompts, in UTF-8.
     """
 
     def __init__(self, cache: TokenCache, name: str) -> None:
@@ -97,6 +99,11 @@ class TokenSplit:
         self.num_bytes: int = entry["bytes"]
         self.num_documents: int = entry["documents"]
         self.document_starts: np.ndarray = np.load(cache.path / entry["document_starts"], "r")
+        self.prompt_tokens: np.ndarray | None = None
+        self.prompt_bytes = 0
+        if "prompt_tokens" in entry:
+            self.prompt_tokens = np.load(cache.path / entry["prompt_tokens"], "r")
+            self.prompt_bytes = entry["prompt_bytes"]
         self._dtype = np.dtype(cache.index["dtype"])
         self._chunk: int = cache.index["chunk_tokens"]
         shards = [shard["tokens"] for shard in entry["shards"]]
@@ -113,6 +120,11 @@ class TokenSplit:
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenSplit, (self.cache, self.name)
 
+    @property
+    def source(self) -> str:
+        """What the cache was made from."""
+        return str(self.cache.index["source"])
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the stream, int32."""
         if not 0 <= start <= stop <= self.num_tokens:
@@ -126,6 +138,39 @@ class TokenSplit:
             ids[done : done + len(chunk)] = chunk
             done += len(chunk)
         return ids
+
+    def has_weight(self, start: int, stop: int, *, document_mask: bool) -> np.ndarray:
+        """Tell which tokens at [start, stop) are learnt, where they are targets.
+
+        All but those of a prompt and, with `document_mask`, a document's first token, which nothing
+        before it foretells.
+        """
+        first = max(0, int(np.searchsorted(self.document_starts, start, side="right")) - 1)
+        last = int(np.searchsorted(self.document_starts, stop))
+        begins = np.asarray(self.document_starts[first:last])
+        ends = begins + self._without_weight(first, last, document_mask=document_mask)
+        edges = np.zeros(stop - start + 1, np.int64)
+        np.add.at(edges, np.clip(begins - start, 0, stop - start), 1)
+        np.add.at(edges, np.clip(ends - start, 0, stop - start), -1)
+        return np.cumsum(edges[:-1]) == 0
+
+    def count_text(self, stops: np.ndarray, *, document_mask: bool) -> np.ndarray:
+        """Return how many tokens at [0, stop) have weight and are not `eos`, for each stop."""
+        starts = np.asarray(self.document_starts)
+        lengths = self._without_weight(0, len(starts), document_mask=document_mask)
+        last = np.searchsorted(starts, stops) - 1  # document that begins last before a stop
+        skipped = (np.cumsum(lengths) - lengths)[last] + np.minimum(
+            lengths[last], stops - starts[last]
+        )
+        num_eos = np.searchsorted(starts, stops, side="right") - 1 + (stops == self.num_tokens)
+        return stops - skipped - num_eos
+
+    def _without_weight(self, first: int, last: int, *, document_mask: bool) -> np.ndarray:
+        """Return how many tokens at the beginning of documents [first, last) have no weight."""
+        lengths = np.full(last - first, int(document_mask), np.int64)
+        if self.prompt_tokens is not None:
+            lengths = np.maximum(lengths, self.prompt_tokens[first:last])
+        return lengths
 
     def _locate(self, position: int) -> tuple[int, int]:
         """Return the record that holds a position of the stream, and the offset inside it."""
@@ -142,6 +187,8 @@ class Shard:
     tokens: int
     text_bytes: int
     document_starts: np.ndarray
+    prompt_tokens: np.ndarray
+    prompt_bytes: int
     file_bytes: int
     sha256: str
 
@@ -154,11 +201,16 @@ class ShardWriter:
         self._writer: Any = None
         self._pending = np.empty(0, dtype)
         self._document_starts: list[int] = []
-        self._num_tokens = self._text_bytes = 0
+        self._prompt_tokens: list[int] = []
+        self._num_tokens = self._text_bytes = self._prompt_bytes = 0
 
-    def add(self, ids: np.ndarray, *, text_bytes: int) -> None:
-        """Append a document and its `eos`."""
+    def add(
+        self, ids: np.ndarray, *, text_bytes: int, prompt_tokens: int = 0, prompt_bytes: int = 0
+    ) -> None:
+        """Append a document and its `eos`; ids and bytes begin with those of the prompt."""
         self._document_starts.append(self._num_tokens)
+        self._prompt_tokens.append(prompt_tokens)
+        self._prompt_bytes += prompt_bytes
         self._num_tokens += len(ids) + 1
         self._text_bytes += text_bytes
         document = np.append(ids, self._eos_id).astype(self._dtype)
@@ -178,6 +230,8 @@ class ShardWriter:
             tokens=self._num_tokens,
             text_bytes=self._text_bytes,
             document_starts=np.array(self._document_starts, np.int64),
+            prompt_tokens=np.array(self._prompt_tokens, np.int64),
+            prompt_bytes=self._prompt_bytes,
             file_bytes=self._path.stat().st_size,
             sha256=_sha256(self._path),
         )
@@ -204,8 +258,8 @@ def write_index(
     tokenizer_json: str,
 ) -> None:
     """Complete a folder of shards, in stream order, to a token cache; `header` joins index.json."""
-    (folder / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
-    files = {TOKENIZER_FILE: _file_entry(folder / TOKENIZER_FILE)}
+    (folder / records.TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+    files = {records.TOKENIZER_FILE: _file_entry(folder / records.TOKENIZER_FILE)}
     entries = {}
     for name, shards in splits.items():
         offsets = itertools.accumulate((shard.tokens for shard in shards), initial=0)
@@ -221,6 +275,12 @@ def write_index(
             "document_starts": starts_file,
             "shards": [{"file": s.file, "tokens": s.tokens} for s in shards],
         }
+        if any(s.prompt_tokens.any() for s in shards):
+            prompts_file = f"{name}-prompts.npy"
+            np.save(folder / prompts_file, np.concatenate([s.prompt_tokens for s in shards]))
+            files[prompts_file] = _file_entry(folder / prompts_file)
+            entries[name]["prompt_tokens"] = prompts_file
+            entries[name]["prompt_bytes"] = sum(s.prompt_bytes for s in shards)
     index = {
         "format": FORMAT,
         "kind": "token_cache",

@@ -91,6 +91,8 @@ class Tokenizer:
 def load_tokenizer(spec: str) -> Tokenizer:
     """Load the tokenizer that `data.tokenizer` names: `bytes`, or the path of a tokenizer.json.
 
+    `bpe:SIZE` has a path once `corpus.py` has trained it.
+
     Raises:
       ConfigError: no such file, not a tokenizer, or one without an end-of-text token.
     """
@@ -107,12 +109,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise ConfigError(f"data.tokenizer={spec} {error}; try another file, or bytes") from error
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocabulary(size: int, vocab_size: int) -> None:
     """Raise ConfigError for a tokenizer larger than the model's vocabulary, `model.vocab_size`."""
-    if tokenizer.size > vocab_size:
+    if size > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size} is smaller than data.tokenizer, which has "
-            f"{tokenizer.size} tokens; set model.vocab_size to at least {tokenizer.size}"
+            f"{size} tokens; set model.vocab_size to at least {size}"
         )
 
 

@@ -29,6 +29,11 @@ POLL_SECONDS = 0.2
 END_SECONDS = 1.0
 
 
+def never() -> bool:
+    """Answer that nobody asks to stop."""
+    return False
+
+
 def run_in_line(
     function: Function[T], tasks: Sequence[Task], *, stop: Stop
 ) -> Generator[tuple[int, T]]:

@@ -65,8 +65,8 @@ class StepLog:
         self.note(f"{self.run.folder}: starting from {self.run.origin}")
         self.note(
             f"{num_parameters(self.run.state.params):,} parameters, "
-            f"{loader.windows.split.num_tokens:,} tokens to learn from, "
-            f"{loader.validation_windows.split.num_tokens:,} held apart"
+            f"{loader.windows.num_tokens:,} tokens to learn from, "
+            f"{loader.validation_windows.num_tokens:,} held apart"
         )
         if not len(loader.validation_windows):
             self.note("no evaluation: no window of data.length tokens is held apart")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxscale import config_source, workdir
+from jaxscale import config_source, records, workdir
 from jaxscale.checkpoint import Checkpointer, Newest, set_aside
 from jaxscale.config import Config, ConfigError
 from jaxscale.data.tokenizer import Tokenizer
@@ -101,7 +101,9 @@ def first_state(
     if source.goes_on:
         return restore_state(assembly, source.reader, source.step), source.words
     config = assembly.config
-    check_tokenizer(config, tokenizer, source.reader.read_meta(source.step), source.folder)
+    meta = source.reader.read_meta(source.step)
+    remedy = f"take data.tokenizer={source.folder}/{records.TOKENIZER_FILE}"
+    check_tokenizer(config, tokenizer, meta, source.folder, remedy=remedy)
     differences = config_source.model_changes(workdir.read_config(source.folder), config)
     abstract = assembly.definition.abstract(assembly.mesh)
     params = source.reader.restore_params(source.step, abstract)

@@ -5,17 +5,19 @@ from.
 """
 
 import dataclasses
+import os
 import pathlib
 from typing import Any, NamedTuple
 
 from jaxscale import config_source, records, runtime, workdir
 from jaxscale.checkpoint import Checkpointer
-from jaxscale.config import Config, ConfigError
+from jaxscale.config import Config, ConfigError, DataConfig
+from jaxscale.data.bpe import bpe_size, vocabulary_size
+from jaxscale.data.corpus import open_corpus, prepare_corpus
 from jaxscale.data.loader import Loader
-from jaxscale.data.prepare import Progress, never, prepare
-from jaxscale.data.token_cache import TokenCache
+from jaxscale.data.prepare import Progress
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from jaxscale.data.workers import Stop
+from jaxscale.data.workers import Stop, never
 from jaxscale.resolve import fill, validate
 from jaxscale.train.restore import (
     Source,
@@ -56,7 +58,7 @@ class Run:
 
 
 class OpenData(NamedTuple):
-    """The tokenizer, the batches for a mesh, and what a person should know of the token cache."""
+    """The tokenizer, the batches for a mesh, and what a person should know of the token caches."""
 
     tokenizer: Tokenizer
     loader: Loader
@@ -64,26 +66,48 @@ class OpenData(NamedTuple):
 
 
 def open_data(
-    assembly: Assembly, *, progress: Progress | None = None, stop: Stop = never
+    assembly: Assembly,
+    *,
+    origin: str = "",
+    progress: Progress | None = None,
+    stop: Stop = never,
 ) -> OpenData:
-    """Prepare or find the token cache, and return its tokenizer and batches for this mesh.
+    """Prepare or find the token caches, and return their tokenizer and batches for this mesh.
+
+    Args:
+      assembly: for whose config and mesh.
+      origin: workdir of the run that goes on, which keeps the tokenizer that it trained.
+      progress: told of the documents prepared.
+      stop: asked now and then whether to stop preparing.
 
     Raises:
       ConfigError: the corpus or the tokenizer cannot be used with this config.
       Stopped: `stop` said so.
     """
     config = assembly.config
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_vocabulary(tokenizer, config.model.vocab_size)
-    prepared = prepare(config.data, progress=progress, stop=stop)
+    check_vocabulary(vocabulary_size(config.data.tokenizer), config.model.vocab_size)
+    data = with_own_tokenizer(config.data, origin) if origin else config.data
+    prepared = prepare_corpus(data, progress=progress, stop=stop)
+    corpus = open_corpus(config.data, prepared)
     loader = Loader(
-        TokenCache(prepared.path),
+        corpus,
         config.data,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         sharding=assembly.batch_sharding,
     )
-    return OpenData(tokenizer, loader, prepared.notes)
+    notes = tuple(note for result in prepared for note in result.notes)
+    return OpenData(load_tokenizer(str(corpus.tokenizer_path)), loader, notes)
+
+
+def with_own_tokenizer(data: DataConfig, origin: str | os.PathLike[str]) -> DataConfig:
+    """Return a run's data config with the tokenizer that the run trained in place of `bpe:SIZE`.
+
+    It stays the same when the corpus changes.
+    """
+    if bpe_size(data.tokenizer) is None:
+        return data
+    return dataclasses.replace(data, tokenizer=os.path.join(origin, records.TOKENIZER_FILE))
 
 
 def open_run(
@@ -114,7 +138,7 @@ def open_run(
     assembly = assemble(config)
     source = find_source(config, folder)
     _check_steps(source, config)
-    tokenizer, loader, data_notes = open_data(assembly, progress=progress, stop=stop)
+    tokenizer, loader, data_notes = open_data(assembly, origin=origin, progress=progress, stop=stop)
     if not allow_config_change:
         _check_same_data(source, config, tokenizer, loader)
     check_samples(config)
@@ -124,6 +148,7 @@ def open_run(
     notes = [*data_notes, *make_way(source)]
     if runtime.is_primary():
         workdir.write_config(folder, config, environment)
+        workdir.write_tokenizer(folder, tokenizer.to_json())
     checkpointer = Checkpointer(folder, config.checkpoint)
     return Run(assembly, folder, tokenizer, loader, checkpointer, state, words, environment, notes)
 

@@ -19,7 +19,7 @@ from jaxscale.parallel.mesh import ONE_DEVICE, SPREAD
 from jaxscale.resolve import resolve
 from jaxscale.train.evaluate import Evaluation, evaluate
 from jaxscale.train.restore import check_tokenizer
-from jaxscale.train.start import open_data
+from jaxscale.train.start import open_data, with_own_tokenizer
 from jaxscale.train.state import Assembly, assemble
 
 
@@ -65,6 +65,8 @@ def open_trained(
     """
     own = workdir.read_config(folder)
     config = resolve(config or own)
+    if config.data.tokenizer == own.data.tokenizer:
+        config = dataclasses.replace(config, data=with_own_tokenizer(config.data, folder))
     assembly, notes = _assemble(config, other_mesh=other_mesh)
     different = config_source.model_changes(own, config)
     if different:

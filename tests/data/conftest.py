@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import tokenizers
@@ -11,6 +11,7 @@ import tokenizers
 from jaxscale.config import DataConfig
 from jaxscale.data.prepare import prepare
 from jaxscale.data.token_cache import TokenCache
+from tests import emulators
 
 NUM_DOCUMENTS = 40
 WORDS = "def return if else for in while import class self None True x y z ( ) : = + é\n".split(" ")
@@ -48,6 +49,28 @@ def data(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Data
 @pytest.fixture(scope="session")
 def cache(data: DataConfig) -> TokenCache:
     return TokenCache(prepare(data).path)
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    """Return the address of a bucket of an S3 on this machine, which the environment leads to."""
+    import fsspec
+
+    with emulators.s3_server() as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("corpora")
+        yield "s3://corpora"
+
+
+@pytest.fixture(scope="session")
+def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Return a data folder of TFDS that holds a small dataset."""
+    from tests.data import tfds_words
+
+    folder = tmp_path_factory.mktemp("tfds")
+    tfds_words.write(str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from jaxscale.data import local_copy
 from jaxscale.data import prepare as prepare_module
 from jaxscale.data.loader import Loader
 from jaxscale.data.local_copy import copy_cache
-from jaxscale.data.prepare import never, prepare
+from jaxscale.data.prepare import prepare
 from jaxscale.data.token_cache import TokenCache
+from jaxscale.data.workers import never
 from tests.conftest import ROOT
 
 
@@ -184,7 +185,7 @@ def test_a_folder_that_cannot_be_written_is_named(source: pathlib.Path) -> None:
 COPY = """
 import pathlib, sys, time
 from jaxscale.data import local_copy
-from jaxscale.data.prepare import never
+from jaxscale.data.workers import never
 
 read = local_copy.Copying._read
 

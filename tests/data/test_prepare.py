@@ -10,6 +10,7 @@ import pytest
 
 from jaxscale.config import ConfigError, DataConfig
 from jaxscale.data import prepare as prepare_module
+from jaxscale.data.documents import Document
 from jaxscale.data.prepare import PrepareResult, prepare
 from jaxscale.data.sources import open_source
 from jaxscale.data.token_cache import SPLITS, TokenCache
@@ -34,7 +35,7 @@ def visible(data: DataConfig) -> list[str]:
 def texts_of(data: DataConfig) -> list[str]:
     source = open_source(data.source, cache_dir=data.cache_dir)
     documents = [source[i] for i in range(len(source))]
-    return [d.text for d in documents if d is not None and d.text]
+    return [d.text for d in documents if isinstance(d, Document) and d.text]
 
 
 def test_every_document_is_in_one_split_in_order(data: DataConfig, cache: TokenCache) -> None:
@@ -50,7 +51,11 @@ def test_every_document_is_in_one_split_in_order(data: DataConfig, cache: TokenC
 def test_result_counts_what_is_there(data: DataConfig, cache: TokenCache) -> None:
     result = prepare(data)
     assert result.path == cache.path
-    assert result.skipped_documents == 2, "the empty one, and the one that is not UTF-8"
+    assert result.skipped_documents == 2
+    names = {
+        reason: [pathlib.Path(n).name for n in c.names] for reason, c in result.skipped.items()
+    }
+    assert names == {"empty": ["empty.txt"], "not UTF-8": ["latin.txt"]}
     for name, counts in (("train", result.train), ("validation", result.validation)):
         texts = documents_of(cache, name)
         assert counts.documents == len(texts)
@@ -191,7 +196,9 @@ def test_a_large_document_is_not_held_apart_whole(
 def test_a_corpus_without_text_is_refused(fresh: DataConfig, tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
-    with pytest.raises(ConfigError, match=r"data\.source=.*holds no UTF-8 text; name other"):
+    with pytest.raises(
+        ConfigError, match=r"holds no UTF-8 text \(.*/empty\.txt: empty\); name other"
+    ):
         prepare(dataclasses.replace(fresh, source=f"files:{tmp_path}/*.txt"))
     assert all(name.endswith(".partial") for name in visible(fresh))
 

@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxscale.config import ConfigError, DataConfig
 from jaxscale.data import loader as loader_module
 from jaxscale.data import profile
+from jaxscale.data.files import FilesSource
 from jaxscale.data.loader import Windows
 from jaxscale.data.profile import (
     LOAD,
@@ -28,7 +29,6 @@ from jaxscale.data.profile import (
     slowest,
 )
 from jaxscale.data.profile_table import render, short, step_ratio, to_rows, verdicts
-from jaxscale.data.sources import FilesSource
 from jaxscale.data.token_cache import ShardWriter, TokenSplit
 from jaxscale.data.tokenizer import Tokenizer
 
@@ -130,6 +130,11 @@ def test_the_sample_is_bounded(data: DataConfig, monkeypatch: pytest.MonkeyPatch
     assert 50_000 <= sample.num_bytes < 100_000
     monkeypatch.setattr(profile, "SAMPLE_SECONDS", 0.0)
     assert len(profile.Sample.take(source, tokenizer)) < len(sample) < len(source)
+
+
+def test_a_mixture_is_refused(fresh: DataConfig) -> None:
+    with pytest.raises(ConfigError, match=r"is a mixture, and --profile measures one source"):
+        measure(dataclasses.replace(fresh, source=f"1 {fresh.source}; 1 synthetic"))
 
 
 def test_a_sample_that_holds_no_window_is_refused(fresh: DataConfig) -> None:

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from jaxscale.config import DataConfig
+from jaxscale.data.documents import Document
 from jaxscale.data.prepare import PrepareResult, prepare
 from jaxscale.data.sources import open_source
 
@@ -37,7 +38,7 @@ def test_documents_are_the_files_of_the_library(
     keys = [again[i].key for i in range(len(again))]
     assert keys == sorted(keys, key=lambda key: pathlib.PurePath(key).parts)
     document = source[keys.index("dataclasses.py")]
-    assert document is not None
+    assert isinstance(document, Document)
     assert document.text == pathlib.Path(str(dataclasses.__file__)).read_text("utf-8")
     assert not any("site-packages" in key or key.startswith("test/") for key in keys)
 

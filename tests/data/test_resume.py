@@ -17,7 +17,8 @@ import pytest
 from jaxscale.config import ConfigError, DataConfig, Stopped
 from jaxscale.data import kept_shards
 from jaxscale.data import prepare as prepare_module
-from jaxscale.data.prepare import PrepareResult, Work, prepare, shard_ranges, write_shard
+from jaxscale.data.prepare import PrepareResult, prepare, shard_ranges
+from jaxscale.data.shards import DoneShard, SkippedCounts, Work, write_shard
 from jaxscale.data.sources import open_source
 from jaxscale.data.token_cache import TokenCache
 from jaxscale.data.tokenizer import load_tokenizer
@@ -131,6 +132,15 @@ def test_a_shard_that_is_not_whole_is_written_again(
     assert_same_cache(result, whole)
 
 
+def test_what_a_shard_skipped_is_kept_with_it(tmp_path: pathlib.Path) -> None:
+    skipped = {"empty": SkippedCounts(7, ("a", "b")), "not UTF-8": SkippedCounts(1, ("c",))}
+    with kept_shards.begun(tmp_path, 3) as folder:
+        kept_shards.keep(tmp_path, 3, DoneShard({}, skipped, folder))
+    found = kept_shards.find(tmp_path, 3)
+    assert found is not None
+    assert found.skipped == skipped
+
+
 def test_force_starts_anew(fresh: DataConfig, whole: TokenCache) -> None:
     stop_after(fresh, 5)
     before = kept(fresh)
@@ -195,15 +205,15 @@ def test_a_shard_stops_when_told(fresh: DataConfig, tmp_path: pathlib.Path) -> N
 SLOW_PREPARE = """
 import sys, time
 from jaxscale import cli
-from jaxscale.data import prepare, sources
+from jaxscale.data import files, prepare
 
-read = sources.FilesSource.__getitem__
+read = files.FilesSource.__getitem__
 
 def slow_read(self, index):
     time.sleep(0.01)
     return read(self, index)
 
-sources.FilesSource.__getitem__ = slow_read
+files.FilesSource.__getitem__ = slow_read
 prepare.SHARD_BYTES = 20_000
 
 if __name__ == "__main__":
@@ -350,7 +360,7 @@ def test_a_corpus_that_cannot_be_read_keeps_what_is_done(
     def refuse(self: object, index: int) -> None:
         raise ConfigError("data.source cannot be read")
 
-    monkeypatch.setattr("jaxscale.data.sources.FilesSource.__getitem__", refuse)
+    monkeypatch.setattr("jaxscale.data.files.FilesSource.__getitem__", refuse)
     with pytest.raises(ConfigError, match="cannot be read"):
         prepare(fresh)
     assert len(kept(fresh)) == 3

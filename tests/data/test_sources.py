@@ -7,7 +7,8 @@ import pickle
 import pytest
 
 from jaxscale.config import ConfigError
-from jaxscale.data.sources import Source, open_source
+from jaxscale.data.documents import Document, Skipped, Source
+from jaxscale.data.sources import open_source
 
 
 def test_synthetic_is_always_the_same_and_never_repeats(tmp_path: pathlib.Path) -> None:
@@ -15,7 +16,7 @@ def test_synthetic_is_always_the_same_and_never_repeats(tmp_path: pathlib.Path) 
     again: Source = pickle.loads(pickle.dumps(source))
     documents = [source[i] for i in range(len(source))]
     assert documents == [again[i] for i in range(len(again))]
-    texts = {document.text for document in documents if document is not None}
+    texts = {document.text for document in documents if isinstance(document, Document)}
     assert len(texts) == len(source)
     assert 1_000_000 < sum(map(len, texts)) < 2_000_000
     assert abs(sum(map(len, texts)) - source.num_bytes) < 0.2 * source.num_bytes
@@ -34,11 +35,12 @@ def test_files_are_documents_in_the_order_of_their_paths(
     source = open_source(f"files:{corpus}/**/*.txt", cache_dir=tmp_path)
     assert len(source) == len(list(corpus.rglob("*.txt")))
     documents = [source[i] for i in range(len(source))]
-    keys = [document.key for document in documents if document is not None]
+    keys = [document.key for document in documents]
     assert keys == sorted(keys)
-    assert documents.count(None) == 1, "the file that is not UTF-8"
-    for document in filter(None, documents):
-        assert document.text == pathlib.Path(document.key).read_bytes().decode()
+    assert documents.count(Skipped(f"{corpus}/latin.txt", "not UTF-8")) == 1
+    for document in documents:
+        if isinstance(document, Document):
+            assert document.text == pathlib.Path(document.key).read_bytes().decode()
     assert source.num_bytes == sum(p.stat().st_size for p in corpus.rglob("*.txt"))
 
 
@@ -66,7 +68,7 @@ def test_files_are_found_from_another_folder(
     source = open_source("files:*.txt", cache_dir=tmp_path)
     monkeypatch.chdir("/")
     document = source[0]
-    assert document is not None
+    assert isinstance(document, Document)
     assert document.text == "one"
 
 
@@ -85,7 +87,7 @@ def test_a_missing_corpus_names_knob_and_remedy(pattern: str, tmp_path: pathlib.
         open_source(f"files:{pattern}", cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("spec", ["wikipedia", "python_stdlib:3", "tfds:c4"])
+@pytest.mark.parametrize("spec", ["wikipedia", "python_stdlib:3", "hdfs:c4"])
 def test_an_unknown_kind_lists_the_kinds(spec: str, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{spec}.*python_stdlib, synthetic, files:GLOB"):
+    with pytest.raises(ConfigError, match=rf"{spec}.*synthetic, files:GLOB, tfds:NAME"):
         open_source(spec, cache_dir=tmp_path)

@@ -10,7 +10,7 @@ from jaxscale import config_source
 from jaxscale.config import Config, ConfigError, DataConfig
 from jaxscale.data.loader import Loader, Windows
 from jaxscale.data.ngram import ngram_bits_per_byte
-from jaxscale.data.token_cache import TokenCache
+from jaxscale.data.token_cache import TokenCache, TokenSplit
 from jaxscale.resolve import resolve
 
 EOS = 256
@@ -20,15 +20,20 @@ def stream_of(windows: Windows) -> np.ndarray:
     return windows.split.read(0, windows.split.num_tokens)
 
 
-class Hand:
-    """A stream of ten tokens in two documents, in place of a split."""
+class Hand(TokenSplit):
+    """A stream of ten tokens in two documents, in place of one that is read from files."""
 
     name = "by hand"
     num_tokens = 10
     num_bytes = 8
     num_documents = 2
     document_starts = np.array([0, 4])
+    prompt_tokens = None
+    prompt_bytes = 0
     tokens = np.array([10, 11, 12, EOS, 20, 21, 22, 23, 24, EOS], np.int32)
+
+    def __init__(self) -> None:
+        pass
 
     def read(self, start: int, stop: int) -> np.ndarray:
         assert 0 <= start <= stop <= self.num_tokens
@@ -50,7 +55,7 @@ TEXT = {False: [2, 4, 8], True: [2, 4, 6]}
 
 @pytest.mark.parametrize("once", [False, True])
 def test_by_hand(once: bool) -> None:
-    windows = Windows(Hand(), 4, True, stride=2, once=once)  # type: ignore[arg-type]
+    windows = Windows(Hand(), 4, True, stride=2, once=once)
     assert len(windows) == 3
     assert [windows.num_targets(n) for n in range(4)] == [0, 4, 6, 8]
     for index in range(3):

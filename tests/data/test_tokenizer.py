@@ -104,9 +104,9 @@ def test_bad_files_are_named(tmp_path: pathlib.Path, train_tokenizer: TrainToken
 
 def test_vocabulary_must_hold_the_tokenizer() -> None:
     tokenizer = load_tokenizer("bytes")
-    check_vocabulary(tokenizer, 257)
+    check_vocabulary(tokenizer.size, 257)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=256 .*data\.tokenizer.*least 257"):
-        check_vocabulary(tokenizer, 256)
+        check_vocabulary(tokenizer.size, 256)
 
 
 def test_a_continuation_keeps_the_space_before_it(tmp_path: pathlib.Path) -> None:

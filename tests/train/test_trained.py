@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -96,3 +97,57 @@ def test_another_model_over_the_same_parameters_is_told(
     new = make_config(model__rope_theta=99.0, checkpoint__init_from=whole, train__steps=0)
     train(new, tmp_path, stream=stream)
     assert "though with model.rope_theta: 10000.0 -> 99.0" in stream.getvalue()
+
+
+def test_a_tokenizer_trained_on_the_corpus_goes_with_the_run(
+    make_config: Any, corpus: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    own_corpus = shutil.copytree(corpus, tmp_path / "corpus")
+    knobs = {
+        "data__source": f"0.5 files:{own_corpus}/1*.txt; 0.5 files:{own_corpus}/2*.txt",
+        "data__cache_dir": tmp_path / "caches",
+        "data__tokenizer": "bpe:264",
+    }
+    run = tmp_path / "run"
+    train(make_config(**knobs, train__steps=1), run)
+    train(make_config(**knobs, train__steps=2), run)
+    whole = evaluate_trained(open_trained(run), baselines=True)
+    assert whole.same_data
+    assert whole.bigram is not None
+    # Another corpus would train another tokenizer, but the run keeps its own.
+    for number in range(100, 110):
+        (own_corpus / f"{number}.txt").write_text("zebras " * number)
+    with pytest.raises(ConfigError, match=r"data\.source=.* has changed since the run"):
+        train(make_config(**knobs, train__steps=2), run)
+    before = (run / "tokenizer.json").read_text()
+    assert train(make_config(**knobs, train__steps=3), run, allow_config_change=True).step == 3
+    assert (run / "tokenizer.json").read_text() == before
+    train(make_config(**knobs, train__steps=0), tmp_path / "another")
+    assert (tmp_path / "another" / "tokenizer.json").read_text() != before
+    # Read without the corpus, and over another one.
+    shutil.rmtree(own_corpus)
+    shutil.rmtree(tmp_path / "caches")
+    here = open_trained(run)
+    assert here.tokenizer.size == 264
+    assert isinstance(generate_text(here, ["me"], Sampling(max_tokens=4))[0], str)
+    other = make_config(**knobs | {"data__source": f"files:{corpus}/1*.txt"})
+    found = evaluate_trained(open_trained(run, other))
+    assert not found.same_data
+    assert found.evaluation.bits_per_byte == pytest.approx(whole.evaluation.bits_per_byte, rel=0.5)
+    with pytest.raises(ConfigError, match="bpe:265"):
+        open_trained(run, make_config(**knobs | {"data__tokenizer": "bpe:265"}))
+    # A new run over other data takes the tokenizer from the workdir.
+    new = {**knobs, "data__source": f"files:{corpus}/2*.txt", "checkpoint__init_from": run}
+    with pytest.raises(ConfigError, match=r"; take data\.tokenizer=.*/run/tokenizer\.json"):
+        train(make_config(**new, train__steps=1), tmp_path / "new")
+    new["data__tokenizer"] = run / "tokenizer.json"
+    assert train(make_config(**new, train__steps=1), tmp_path / "new").step == 1
+
+
+def test_a_vocabulary_too_small_is_told_before_a_tokenizer_is_trained(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    config = make_config(data__tokenizer="bpe:512", data__cache_dir=tmp_path / "caches")
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=264 .*at least 512"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "caches").exists()
