@@ -8,6 +8,8 @@ nothing recomputed, in float32 and bfloat16 (PyTorch under autocast). Each conte
 its own with all cores; they take turns, a few steps each, so that what else the machine does falls
 on all alike. Before anything counts, all start from the same weights and must give the same losses
 over the first steps: they compute one thing. Read the ratios; an absolute speed means little.
+
+All run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which docs/training.md advises on a CPU.
 """
 
 import argparse
@@ -343,7 +345,8 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--tiny", action="store_true", help="try the script out; means no speed")
     args = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Read when the contenders' processes start.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     shape = TINY if args.tiny else Shape()
     rows = []
     for dtype in args.dtype or DTYPES:
@@ -355,7 +358,10 @@ def main() -> int:
             "bench_train",
             rows,
             config=dataclasses.asdict(shape),
-            environment={"cores": os.cpu_count(), "versions": runtime.versions()},
+            environment={
+                "cores": os.cpu_count(),
+                "versions": runtime.versions((*runtime.PACKAGES, "torch")),
+            },
         )
         records.write_json(args.json, result)
     return 0

@@ -26,8 +26,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "bundle.format bundle.programs bundle.sampling bundle.scheduler bundle.engine",
     ),
     "F2 model": (
-        "model.attention.dense model.attention.chunked model.attention.flash model.attention.ring "
-        "model.attention.all_to_all model.cache model.layers model.decoder model.loss model.cost",
+        "model.contract model.attention.dense model.attention.chunked model.attention.flash "
+        "model.attention.ring model.attention.all_to_all model.cache model.layers model.decoder "
+        "model.loss model.cost",
     ),
     "F3 services": (
         "data.python_stdlib data.documents data.storage data.files data.tfds_source data.sources "

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxscale.config import ModelConfig
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.cache import Cache
+from jaxscale.model.contract import contract
 from jaxscale.model.layers import MLP, Attention, Norm, gathered, looked_up, matrix
 from jaxscale.parallel.sharding import Axis, Rules, check_divides, map_axes
 
@@ -85,13 +86,32 @@ class Decoder(nnx.Module):
             weights, layer_cache = layer
             return nnx.merge(graphdef, weights)(x_BLD, span, layer_cache)
 
-        x_BLD, cache = jax.lax.scan(
-            _rematerialised(run_block, model),
-            x_BLD,
-            (self.blocks, cache),
-            unroll=model.scan_unroll,
-        )
+        run_block = self._rematerialised(run_block)
+        if cache is None and model.scan_unroll >= model.num_layers:
+            # Written out, and not by scan, which would stack what the backward pass needs.
+            for weights in _unstacked(self.blocks, model.num_layers):
+                x_BLD, _ = run_block(x_BLD, (weights, None))
+        else:
+            x_BLD, cache = jax.lax.scan(
+                run_block, x_BLD, (self.blocks, cache), unroll=model.scan_unroll
+            )
         return self.norm(x_BLD), cache
+
+    def _rematerialised(self, run_block: Any) -> Any:
+        """Wrap a block so that the backward pass recomputes what `model.remat` does not keep."""
+        remat, policies = self.model.remat, jax.checkpoint_policies
+        if remat == "none" and not self.rules.mesh_axes("embed"):
+            return run_block
+        policy = {
+            "none": _keep_all_but_gathered,
+            "full": policies.nothing_saveable,
+            # Those of weights alone: attention's scores have batch dimensions and grow with
+            # length^2.
+            "dots": policies.dots_with_no_batch_dims_saveable,
+            "names": policies.save_only_these_names(*self.model.remat_names),
+        }
+        # A scan needs no barrier against common subexpressions between forward and backward pass.
+        return jax.checkpoint(run_block, policy=policy[remat], prevent_cse=False)
 
     def head_weights(self) -> jax.Array:
         """Return the head's weights, whole along FSDP: (D, V), or (V, D) if tied."""
@@ -106,12 +126,12 @@ class Decoder(nnx.Module):
           weights: from `head_weights`, where they are used several times.
         """
         rules = self.rules
-        return jnp.einsum(
+        return contract(
             "bld,vd->blv" if self.head is None else "bld,dv->blv",
             rules.place(x_BLD, "batch", "length", "width"),
             self.head_weights() if weights is None else weights,
-            out_sharding=rules.spec("batch", "length", "vocab"),
-            preferred_element_type=jnp.float32,
+            spec=rules.spec("batch", "length", "vocab"),
+            dtype=jnp.float32,
         )
 
 
@@ -121,18 +141,14 @@ def _keep_all_but_gathered(primitive: Any, *operands: Any, **_: Any) -> bool:
     return primitive.name == "dot_general" or not (of_gathered or primitive.name == "reshard")
 
 
-def _rematerialised(run_block: Any, model: ModelConfig) -> Any:
-    """Wrap a block so that the backward pass recomputes what `model.remat` does not keep."""
-    policies = jax.checkpoint_policies
-    policy = {
-        "none": _keep_all_but_gathered,
-        "full": policies.nothing_saveable,
-        # Those of weights alone: attention's scores have batch dimensions and grow with length^2.
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "names": policies.save_only_these_names(*model.remat_names),
-    }
-    # A scan needs no barrier against common subexpressions between forward and backward pass.
-    return jax.checkpoint(run_block, policy=policy[model.remat], prevent_cse=False)
+def _unstacked(blocks: Any, count: int) -> list[Any]:
+    """Return the parameters of each block; their gradients are stacked again in one go."""
+    leaves, structure = jax.tree.flatten(blocks)
+    parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+    return [
+        jax.tree.unflatten(structure, [jax.lax.squeeze(part[i], (0,)) for part in parts])
+        for i in range(count)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

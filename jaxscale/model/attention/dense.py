@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxscale.model.contract import contract
 from jaxscale.parallel.sharding import Rules
 
 MASKED = -1e30
@@ -57,12 +58,14 @@ def dense_attention(
     K = k_BSKH.shape[2]
     grouped = rules.spec("batch", "length", "heads" if K == N else "kv_heads", None, "head_dim")
     q_BLKGH = jax.lax.reshape(q_BLNH, (B, L, K, N // K, H), out_sharding=grouped)
-    scores_BKGLS = jnp.einsum(
-        "blkgh,bskh->bkgls", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    # Heads before tokens: as the products have them, so that the large arrays are never transposed.
+    q_BKGLH = jnp.transpose(q_BLKGH, (0, 2, 3, 1, 4))
+    k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
+    scores_BKGLS = contract("bkglh,bksh->bkgls", q_BKGLH, k_BKSH, dtype=jnp.float32)
     scores_BKGLS = jnp.where(mask_BLS[:, None, None], scores_BKGLS * H**-0.5, MASKED)
     weights_BKGLS = jax.nn.softmax(scores_BKGLS, axis=-1).astype(v_BSKH.dtype)
-    out_BLKGH = jnp.einsum("bkgls,bskh->blkgh", weights_BKGLS, v_BSKH)
+    out_BKGLH = contract("bkgls,bksh->bkglh", weights_BKGLS, v_BKSH)
+    out_BLKGH = jnp.transpose(out_BKGLH, (0, 3, 1, 2, 4))
     whole = rules.spec("batch", "length", "heads", "head_dim")
     return jax.lax.reshape(out_BLKGH, (B, L, N, H), out_sharding=whole)
 
