@@ -11,6 +11,7 @@ B rows of a batch, L tokens of a row.
 import contextlib
 import dataclasses
 import functools
+import resource
 import sys
 from collections.abc import Callable, Generator
 from typing import Any
@@ -29,6 +30,8 @@ HostBatch = dict[str, np.ndarray]
 Batch = dict[str, Any]
 
 READ_THREADS = 4
+# Files that a process opens beside those of token caches, at most: JAX's, checkpoints, logs.
+OTHER_FILES = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +201,8 @@ class Loader:
           sharding: Of a (B, L) array, over the devices of all processes; None gives numpy arrays.
 
         Raises:
-          ConfigError: a part's training split is shorter than a window.
+          ConfigError: a part's training split is shorter than a window; this process may not
+            open as many files as the caches have.
         """
         mixture = cache if isinstance(cache, Mixture) else Mixture((cache,))
         self.cache, self._data, self._sharding = mixture, data, sharding
@@ -208,6 +212,7 @@ class Loader:
         )
         for part in self.windows.parts:
             part.check_not_empty()
+        _allow_open_files(mixture)
         self._weights = mixture.weights
         self._examples = [
             grain.MapDataset.source(part).seed(seed).shuffle().repeat()
@@ -308,6 +313,20 @@ class _HostBatches:
     def __getitem__(self, batch: int) -> HostBatch:
         rows = [self.row_at(batch * self.batch_size + int(row)) for row in self.local_rows]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _allow_open_files(mixture: Mixture) -> None:
+    """Raise the limit of open files of this process: once read, a shard stays open."""
+    wanted = OTHER_FILES + sum(len(cache.index["files"]) for cache in mixture.caches)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft in range(wanted):  # without a limit it is negative
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError) as error:
+            raise ConfigError(
+                f"the token caches of data.source need {wanted} open files, and this process may "
+                f"have {hard}; raise the limit with ulimit -Hn {wanted}"
+            ) from error
 
 
 def _local_rows(sharding: jax.sharding.Sharding | None, shape: tuple[int, int]) -> np.ndarray:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+import resource
 import socket
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from collections.abc import Iterable
 
 import jax
 import numpy as np
+import psutil
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.config import ConfigError, DataConfig
+from jaxscale.data import loader as loader_module
+from jaxscale.data import prepare as prepare_module
 from jaxscale.data.loader import HostBatch, Loader, Windows
 from jaxscale.data.prepare import prepare
 from jaxscale.data.token_cache import TokenCache
@@ -331,3 +335,24 @@ def test_processes_read_their_rows_of_the_same_batch(
             np.testing.assert_array_equal(part, expected[where])
             seen[where] += 1
     assert (seen == 1).all()
+
+
+def test_a_cache_of_more_shards_than_files_may_be_open_is_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that was read stays open, and many systems allow 1,024 files unless asked."""
+    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 10_000)
+    data = DataConfig(source="synthetic", length=100, cache_dir=str(tmp_path))
+    cache = TokenCache(prepare(data).path)
+    assert len(cache.index["splits"]["train"]["shards"]) > 100
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 50, before[1]))
+    try:
+        loader = make_loader(cache, data)
+        (windows,) = loader.windows.parts
+        assert all(len(windows[i]["tokens"]) for i in range(0, len(windows), 50))
+        monkeypatch.setattr(loader_module, "OTHER_FILES", 2**40)
+        with pytest.raises(ConfigError, match=r"need \d+ open files, and .* with ulimit -Hn \d+"):
+            make_loader(cache, data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
