@@ -24,6 +24,8 @@ from jaxscale.data.token_cache import TRAIN, VALIDATION, TokenCache, TokenSplit
 STRENGTHS = tuple(float(k) for k in np.geomspace(1e-2, 1e6, 33))
 HELD_OUT_SHARE = 0.1
 BLOCK_TOKENS = 2**22
+# Blocks whose pairs are held apart before they are added up.
+MAX_PARTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,8 @@ def count_pairs(
         keys = keys[split.has_weight(begin + 1, end + 1, document_mask=document_mask)]
         keys, counts = np.unique(keys, return_counts=True)
         parts.append(Pairs(keys, counts, vocab))
+        if len(parts) == MAX_PARTS:
+            parts = [_merge(parts, vocab)]
     return _merge(parts, vocab)
 
 

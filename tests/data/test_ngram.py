@@ -1,6 +1,7 @@
 """The n-gram baselines: against a direct count, and on the very targets of an evaluation."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -122,3 +123,27 @@ def test_mistakes_are_named(cache: TokenCache, data: DataConfig) -> None:
         ngram_bits_per_byte(cache, data, 3)
     with pytest.raises(ConfigError, match=r"data\.length=\d+ .*validation"):
         ngram_bits_per_byte(cache, dataclasses.replace(data, length=10**7), 1)
+
+
+def test_few_blocks_of_pairs_are_held_at_once(
+    cache: TokenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At real sizes pairs of all blocks would be many times those that differ."""
+    split = cache.split("train")
+    count = functools.partial(
+        count_pairs, split, 0, split.num_tokens - 1, vocab=VOCAB, document_mask=True
+    )
+    expected = count()
+    merge, held = ngram._merge, []
+
+    def watched(parts: list[Pairs], vocab: int) -> Pairs:
+        held.append(len(parts))
+        return merge(parts, vocab)
+
+    monkeypatch.setattr(ngram, "_merge", watched)
+    monkeypatch.setattr(ngram, "BLOCK_TOKENS", split.num_tokens // 100)
+    found = count()
+    assert max(held) <= 16
+    assert len(held) > 6
+    np.testing.assert_array_equal(found.keys, expected.keys)
+    np.testing.assert_array_equal(found.counts, expected.counts)
