@@ -127,6 +127,11 @@ def _check_data(data: DataConfig) -> None:
         )
     if not 0 <= data.validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction={data.validation_fraction} is not in [0, 1)")
+    if "://" in data.local_cache_dir:
+        raise ConfigError(
+            f"data.local_cache_dir={data.local_cache_dir} is not a folder of this host; name one "
+            "on a local disk"
+        )
 
 
 def _check_loop(config: Config) -> None:

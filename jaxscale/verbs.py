@@ -108,6 +108,8 @@ def prepare(args: argparse.Namespace) -> int:
     """Make the token cache of a config, or find it."""
     if args.profile:
         return profile(args)
+    if args.step_tokens_per_second:
+        raise ConfigError("--step-tokens-per-second is for --profile; leave it out, or add that")
     from jaxscale.console import counting
     from jaxscale.data.corpus import prepare_corpus
     from jaxscale.train.preemption import StopRequest
@@ -138,6 +140,11 @@ def prepare(args: argparse.Namespace) -> int:
 
 def profile(args: argparse.Namespace) -> int:
     """Measure the input pipeline of a config, beside its training step."""
+    if args.workers or args.force:
+        raise ConfigError(
+            "--profile tries numbers of workers and keeps no token cache; leave out --workers and "
+            "--force"
+        )
     from rich.console import Console
 
     from jaxscale import runtime

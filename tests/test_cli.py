@@ -313,6 +313,21 @@ def test_a_number_out_of_its_limits_is_named(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "--force"], "leave out --workers and --force"),
+        (["--profile", "--workers=2"], "leave out --workers and --force"),
+        (["--step-tokens-per-second=9"], "--step-tokens-per-second is for --profile"),
+    ],
+)
+def test_options_of_prepare_that_do_not_go_together_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", *TINY, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_result_that_cannot_be_written_is_said_before_the_work(
     compiled: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,9 @@ WRONG = {
     "data.validation_fraction=1.0 is not in [0, 1)": Config(
         data=DataConfig(validation_fraction=1.0)
     ),
+    "data.local_cache_dir=s3://b/c is not a folder of this host": Config(
+        data=DataConfig(local_cache_dir="s3://b/c")
+    ),
     "runtime.profile_steps=(12, 10) is not a first and a last step": Config(
         runtime=RuntimeConfig(profile_steps=(12, 10))
     ),
