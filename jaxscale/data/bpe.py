@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import tokenizers
 
-from jaxscale.config import ConfigError
+from jaxscale.config import ConfigError, Stopped
 from jaxscale.data.documents import Skipped, Source
 from jaxscale.data.tokenizer import END_OF_TEXT_NAMES, load_tokenizer
+from jaxscale.data.workers import Stop, never
 
 PREFIX = "bpe:"
 # The bytes, and the token that ends a document.
 MIN_SIZE = 257
+MAX_SIZE = 2**24
 # More text hardly changes which pairs are frequent.
 MAX_TEXT_BYTES = 64 * 2**20
 # Of a corpus of fewer documents, each is read in part; of a larger one, some are read.
@@ -25,14 +27,15 @@ def bpe_size(spec: str) -> int | None:
     """Return SIZE of `bpe:SIZE`, None for another tokenizer.
 
     Raises:
-      ConfigError: SIZE is no number, or less than the bytes need.
+      ConfigError: SIZE is no number, less than the bytes need, or beyond all reason.
     """
     if not spec.startswith(PREFIX):
         return None
     size = spec.removeprefix(PREFIX)
-    if not size.isascii() or not size.isdecimal() or int(size) < MIN_SIZE:
+    if not size.isascii() or not size.isdecimal() or not MIN_SIZE <= int(size) <= MAX_SIZE:
         raise ConfigError(
-            f"data.tokenizer={spec} needs a number of ids of at least {MIN_SIZE}; try bpe:4096"
+            f"data.tokenizer={spec} needs a number of ids from {MIN_SIZE} to {MAX_SIZE}; "
+            "try bpe:4096"
         )
     return int(size)
 
@@ -59,18 +62,26 @@ def train_bpe(texts: Sequence[str], size: int) -> str:
     return str(library.to_str())
 
 
-def sample_texts(sources: Sequence[Source], *, held_below: int = 0) -> list[str]:
+def sample_texts(
+    sources: Sequence[Source], *, held_below: int = 0, stop: Stop = never
+) -> list[str]:
     """Return texts, or pieces of them, spread evenly over some corpora: at most 64 MiB.
 
     Args:
       sources: The corpora, each as large as its bytes.
       held_below: Documents whose hash is less are left out.
+      stop: Asked before each text whether to stop.
+
+    Raises:
+      Stopped: `stop` said so.
     """
     stride = -(-sum(source.num_bytes for source in sources) // MAX_TEXT_BYTES) or 1
     texts: list[str] = []
     room = MAX_TEXT_BYTES
     for source in sources:
         for piece in _pieces(source, stride, held_below):
+            if stop():
+                raise Stopped("while text for the tokenizer was read")
             room -= len(piece.encode())
             if room < 0:
                 return texts

@@ -15,7 +15,7 @@ from jaxscale.config import DataConfig
 from jaxscale.data.bpe import bpe_size, sample_texts, train_bpe
 from jaxscale.data.documents import HASH_LIMIT
 from jaxscale.data.mixture import Mixture, parse_mixture
-from jaxscale.data.prepare import PrepareResult, Progress, cache_root, prepare
+from jaxscale.data.prepare import PrepareResult, Progress, cache_root, prepare, writing_to
 from jaxscale.data.sources import open_source
 from jaxscale.data.token_cache import TokenCache
 from jaxscale.data.workers import Stop, never
@@ -47,8 +47,12 @@ def prepare_corpus(
 
     Arguments and errors are those of `prepare`, which does each part.
     """
-    data = with_trained_tokenizer(data)
+    data = with_trained_tokenizer(data, stop=stop)
     sources, _ = parse_mixture(data.source)
+    if len(sources) > 1:
+        # A mistake in the last one is told before the first one is prepared.
+        for source in sources:
+            open_source(source, cache_dir=cache_root(data) / "sources")
     return [
         prepare(
             dataclasses.replace(data, source=source),
@@ -61,17 +65,17 @@ def prepare_corpus(
     ]
 
 
-def with_trained_tokenizer(data: DataConfig) -> DataConfig:
+def with_trained_tokenizer(data: DataConfig, *, stop: Stop = never) -> DataConfig:
     """Return the config with the path of its tokenizer in place of `bpe:SIZE`.
 
-    The tokenizer is trained on the first call.
+    The tokenizer is trained on the first call; while its text is read, `stop` is asked.
     """
     size = bpe_size(data.tokenizer)
     if size is None:
         return data
     root = cache_root(data)
     specs, _ = parse_mixture(data.source)
-    sources = [open_source(spec, cache_dir=root / "sources") for spec in specs]
+    sources = [open_source(spec, cache_dir=root / "sources", stop=stop) for spec in specs]
     held_below = int(data.validation_fraction * HASH_LIMIT)
     words = [BPE_FORMAT, [source.fingerprint for source in sources], held_below]
     name = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
@@ -79,8 +83,14 @@ def with_trained_tokenizer(data: DataConfig) -> DataConfig:
     if not path.exists():
         records.check_writable(path.parent, f"data.cache_dir={data.cache_dir or root}")
         # Of a corpus that is one large document, that one has to do.
-        texts = sample_texts(sources, held_below=held_below) or sample_texts(sources)
+        texts = sample_texts(sources, held_below=held_below, stop=stop)
+        texts = texts or sample_texts(sources, stop=stop)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-        partial.write_text(train_bpe(texts, size), encoding="utf-8")
-        os.replace(partial, path)
+        trained = train_bpe(texts, size)
+        with writing_to(path.parent):
+            try:
+                partial.write_text(trained, encoding="utf-8")
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
     return dataclasses.replace(data, tokenizer=str(path))

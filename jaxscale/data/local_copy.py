@@ -77,7 +77,8 @@ def copy_cache(source: pathlib.Path, folder: str, *, stop: Stop) -> Copied:
         partial = root / f".{source.name}.copy"
         copying = Copying(source, partial, setting, stop)
         num_bytes = copying.copy(index["files"])
-        _put_in_place(partial, target, index)
+        with copying.writing(token_cache.INDEX_FILE):
+            _put_in_place(partial, target, index)
     return Copied(target, num_bytes, time.perf_counter() - started)
 
 
@@ -99,7 +100,7 @@ class Copying:
 
     def copy(self, files: Mapping[str, Mapping[str, Any]]) -> int:
         """Copy the files that are not there yet; return their bytes."""
-        with self._writing(""):
+        with self.writing(""):
             self.partial.mkdir(exist_ok=True)
         missing = {
             name: expected
@@ -127,16 +128,16 @@ class Copying:
         with contextlib.ExitStack() as stack:
             with self._reading(name):
                 reader = stack.enter_context((self.source / name).open("rb"))
-            with self._writing(name):
+            with self.writing(name):
                 writer = stack.enter_context(begun.open("wb"))
             for block in iter(functools.partial(self._read, reader, name), b""):
                 if self.stop():
                     raise Stopped(f"what is copied to {self.setting} is kept")
                 digest.update(block)
                 size += len(block)
-                with self._writing(name):
+                with self.writing(name):
                     writer.write(block)
-            with self._writing(name):
+            with self.writing(name):
                 writer.flush()
         if size != expected["bytes"]:
             what = f"has {size} bytes instead of {expected['bytes']}"
@@ -159,7 +160,8 @@ class Copying:
             raise token_cache.damage(self.source, name, what) from error
 
     @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def writing(self, name: str) -> Iterator[None]:
+        """Turn an error of writing a file into a ConfigError that names the setting."""
         try:
             yield
         except OSError as error:

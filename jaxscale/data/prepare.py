@@ -136,7 +136,7 @@ def prepare(
     started = time.perf_counter()
     root = cache_root(data)
     tokenizer = load_tokenizer(data.tokenizer)
-    source = open_source(data.source, cache_dir=root / "sources")
+    source = open_source(data.source, cache_dir=root / "sources", stop=stop)
     path = root / _folder_name(data, source, tokenizer)
     reused = path.exists() and not force
     done: list[DoneShard] = []
@@ -227,11 +227,23 @@ def write_cache(
         tails = work.folder.with_name("tails")
         work = dataclasses.replace(work, folder=tails, validation_tail=data.validation_fraction)
         done = _write_shards(data, work, running)
-    with token_cache.written_whole(path, replace=force) as folder:
+    with writing_to(path.parent), token_cache.written_whole(path, replace=force) as folder:
         for shard in done:
             kept_shards.link_files(shard, folder)
         _write_index(data, work, folder, done)
     return done
+
+
+@contextlib.contextmanager
+def writing_to(root: pathlib.Path) -> Iterator[None]:
+    """Turn an error of the disk, such as a full one, into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{root} cannot be written ({error.strerror or error}); free some room there, or set "
+            "data.cache_dir to another folder"
+        ) from error
 
 
 def _write_index(
@@ -323,7 +335,8 @@ def make_shard(work: Work, number: int, documents: range, stop: Stop) -> DoneSha
     found = kept_shards.find(work.folder, number)
     if found is not None:
         return found
-    with kept_shards.begun(work.folder, number) as folder:
+    root = work.folder.parent.parent
+    with writing_to(root), kept_shards.begun(work.folder, number) as folder:
         work_here = dataclasses.replace(work, folder=folder)
         shard = write_shard(work_here, number, documents, stop=stop)
         return shard and kept_shards.keep(work.folder, number, shard)

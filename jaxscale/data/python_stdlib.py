@@ -16,6 +16,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from jaxscale.config import ConfigError
+
 SPLIT = "train"
 # Test suites are larger than the library itself, and generated tables are not code worth learning.
 SKIPPED_FOLDERS = frozenset(
@@ -67,6 +69,9 @@ def open_examples(folder: str | os.PathLike[str]) -> Any:
     """Return a `tfds.data_source` of the examples, written below `folder` on the first call.
 
     Two processes may call this at once: the first to finish wins, and its files serve both.
+
+    Raises:
+      ConfigError: they cannot be written.
     """
     builder = _builder(folder)
     if SPLIT not in builder.info.splits:
@@ -74,9 +79,13 @@ def open_examples(folder: str | os.PathLike[str]) -> Any:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 builder.download_and_prepare()
-        except OSError:
+        except (OSError, RuntimeError) as error:
             if SPLIT not in _builder(folder).info.splits:
-                raise
+                reason = str(error).partition(";")[0]
+                raise ConfigError(
+                    f"{folder} cannot be written ({reason}); free some room there, or set "
+                    "data.cache_dir to another folder"
+                ) from error
         builder = _builder(folder)
     return builder.as_data_source(split=SPLIT)
 

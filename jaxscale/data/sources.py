@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from jaxscale.config import ConfigError
 from jaxscale.data.documents import Document, Source
 from jaxscale.data.files import open_files
+from jaxscale.data.workers import Stop, never
 
 T = TypeVar("T")
 
@@ -24,13 +25,14 @@ T = TypeVar("T")
 KINDS = ("python_stdlib", "synthetic", "files:GLOB", "tfds:NAME")
 
 
-def open_source(spec: str, *, cache_dir: str | os.PathLike[str]) -> Source:
+def open_source(spec: str, *, cache_dir: str | os.PathLike[str], stop: Stop = never) -> Source:
     """Open the source that `data.source` names.
 
     Args:
       spec: `python_stdlib`, `synthetic`, `files:GLOB` or `tfds:NAME`, perhaps with `#FIELD` or
         `#PROMPT,ANSWER`; docs/sources.md says more.
       cache_dir: Folder below which `python_stdlib` keeps its files.
+      stop: Asked now and then whether to stop, while the lines of files are counted.
 
     Raises:
       ConfigError: an unknown kind, or a corpus that cannot be found or read.
@@ -41,7 +43,7 @@ def open_source(spec: str, *, cache_dir: str | os.PathLike[str]) -> Source:
     if spec == "synthetic":
         return SyntheticSource()
     if kind == "files":
-        return open_files(spec, argument)
+        return open_files(spec, argument, stop=stop)
     if kind == "tfds":
         from jaxscale.data import tfds_source
 

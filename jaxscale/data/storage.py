@@ -45,7 +45,7 @@ def find_files(spec: str, pattern: str) -> list[File]:
     else:
         matches = glob.glob(os.path.expanduser(pattern), recursive=True)
         paths = {os.path.abspath(path) for path in matches if os.path.isfile(path)}
-        files = [File(p, s.st_size, str(s.st_mtime_ns)) for p in paths for s in [os.stat(p)]]
+        files = [File(p, s.st_size, _local_stamp(s)) for p in paths for s in [os.stat(p)]]
         place = f"no local file in {os.getcwd()}"
         check = "check the pattern, where ** goes into folders, or use data.source=python_stdlib"
     if not files:
@@ -53,18 +53,33 @@ def find_files(spec: str, pattern: str) -> list[File]:
     return sorted(files, key=lambda file: file.path)
 
 
-def read(spec: str, path: str, start: int = 0, stop: int | None = None) -> bytes:
+def read(spec: str, file: File, start: int = 0, stop: int | None = None) -> bytes:
     """Return the bytes [start, stop) of a file; all from `start` on without `stop`.
 
     Raises:
-      ConfigError: it cannot be read.
+      ConfigError: it cannot be read, or a local one is no longer what was found.
     """
-    with _one_line(spec, f"{path} cannot be read"):
-        if path.startswith(REMOTE):
-            return bytes(_filesystem(path).cat_file(path, start=start, end=stop))
-        with open(path, "rb") as file:
-            file.seek(start)
-            return file.read(-1 if stop is None else stop - start)
+    stop = file.size if stop is None else stop
+    # S3 refuses to read an empty range.
+    if start == stop and file.path.startswith(REMOTE):
+        return b""
+    with _one_line(spec, f"{file.path} cannot be read"):
+        if file.path.startswith(REMOTE):
+            return bytes(_filesystem(file.path).cat_file(file.path, start=start, end=stop))
+        with open(file.path, "rb") as local:
+            local.seek(start)
+            content = local.read(stop - start)
+            status = os.fstat(local.fileno())
+    if (status.st_size, _local_stamp(status)) != (file.size, file.stamp):
+        raise ConfigError(
+            f"data.source={spec!r}: {file.path} has changed while it was read; run again when "
+            "nothing writes it"
+        )
+    return content
+
+
+def _local_stamp(status: os.stat_result) -> str:
+    return str(status.st_mtime_ns)
 
 
 def _find_remote(spec: str, pattern: str) -> list[File]:

@@ -224,7 +224,8 @@ class ShardWriter:
         self._write(self._pending)
         if self._writer is None:
             return None
-        self._writer.close()
+        with _os_errors():
+            self._writer.close()
         return Shard(
             file=self._path.name,
             tokens=self._num_tokens,
@@ -237,12 +238,22 @@ class ShardWriter:
         )
 
     def _write(self, ids: np.ndarray) -> None:
-        for start in range(0, len(ids), CHUNK_TOKENS):
-            if self._writer is None:
-                self._writer = array_record_module.ArrayRecordWriter(
-                    str(self._path), WRITER_OPTIONS
-                )
-            self._writer.write(ids[start : start + CHUNK_TOKENS].tobytes())
+        with _os_errors():
+            for start in range(0, len(ids), CHUNK_TOKENS):
+                if self._writer is None:
+                    self._writer = array_record_module.ArrayRecordWriter(
+                        str(self._path), WRITER_OPTIONS
+                    )
+                self._writer.write(ids[start : start + CHUNK_TOKENS].tobytes())
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise OSError where the library of array_record says that a disk is full or broken."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).partition(";")[0]) from error
 
 
 def token_dtype(num_ids: int) -> np.dtype:

@@ -1,9 +1,12 @@
 """A small corpus of files, and the token cache of it, shared by the tests of the data package."""
 
+import contextlib
 import dataclasses
 import pathlib
 import random
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 import tokenizers
@@ -15,6 +18,9 @@ from tests import emulators
 
 NUM_DOCUMENTS = 40
 WORDS = "def return if else for in while import class self None True x y z ( ) : = + é\n".split(" ")
+
+# Lets a process write so many bytes to a file.
+SmallFiles = Callable[[int], AbstractContextManager[None]]
 
 
 def write_corpus(folder: pathlib.Path) -> None:
@@ -100,3 +106,19 @@ def train_tokenizer(tmp_path: pathlib.Path) -> Callable[[list[str]], str]:
         return path
 
     return train
+
+
+@pytest.fixture
+def small_files() -> SmallFiles:
+    """Return what lets this process, and those it starts, write so many bytes to a file."""
+
+    @contextlib.contextmanager
+    def limit(num_bytes: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

@@ -10,7 +10,7 @@ import sys
 import pytest
 import tokenizers
 
-from jaxscale.config import ConfigError, DataConfig
+from jaxscale.config import ConfigError, DataConfig, Stopped
 from jaxscale.data import bpe
 from jaxscale.data.bpe import bpe_size, sample_texts, train_bpe, vocabulary_size
 from jaxscale.data.corpus import open_corpus, prepare_corpus
@@ -19,6 +19,7 @@ from jaxscale.data.prepare import prepare
 from jaxscale.data.sources import open_source
 from jaxscale.data.token_cache import TokenCache
 from jaxscale.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.conftest import SmallFiles
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXTS = ["return self.value for value in values\n", "naïve 日本語 \U0001f600 \t\r\n\0", "", "  x"]
@@ -188,9 +189,9 @@ def test_no_more_is_read_where_the_documents_drawn_are_the_large_ones(
     assert sum(len(text.encode()) for text in texts) == 4_000
 
 
-@pytest.mark.parametrize("spec", ["bpe:", "bpe:256", "bpe:-3", "bpe:4k", "bpe:²"])
+@pytest.mark.parametrize("spec", ["bpe:", "bpe:256", "bpe:-3", "bpe:4k", "bpe:²", f"bpe:{10**20}"])
 def test_a_bad_size_is_named(spec: str, with_bpe: DataConfig) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.tokenizer={spec} needs .* at least 257; try"):
+    with pytest.raises(ConfigError, match=rf"data\.tokenizer={spec} needs .* from 257 to \d+; try"):
         prepare_corpus(dataclasses.replace(with_bpe, tokenizer=spec))
 
 
@@ -287,3 +288,24 @@ def test_other_kinds_of_tokenizer_round_trip_through_a_cache(
         ids = split.read(start, stop)
         assert ids[-1] == tokenizer.eos_id
         assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("moments", [0, 3])
+def test_reading_its_text_stops_when_told(with_bpe: DataConfig, moments: int) -> None:
+    answers = iter([False] * moments + [True])
+    with pytest.raises(Stopped, match="while text for the tokenizer was read"):
+        prepare_corpus(with_bpe, stop=lambda: next(answers))
+    assert list(answers) == []
+    assert not list(pathlib.Path(with_bpe.cache_dir, "tokenizers").iterdir())
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    with_bpe: DataConfig, small_files: SmallFiles
+) -> None:
+    with (
+        small_files(1_000),
+        pytest.raises(ConfigError, match=r"tokenizers cannot be written \(File too large\); free"),
+    ):
+        prepare_corpus(with_bpe)
+    assert not list(pathlib.Path(with_bpe.cache_dir, "tokenizers").iterdir())
+    assert trained(with_bpe).size == 300

@@ -5,10 +5,11 @@ import os
 import pathlib
 import pickle
 import random
+from typing import Any
 
 import pytest
 
-from jaxscale.config import ConfigError, DataConfig
+from jaxscale.config import ConfigError, DataConfig, Stopped
 from jaxscale.data import files
 from jaxscale.data.documents import Document, Skipped
 from jaxscale.data.files import FilesSource
@@ -167,3 +168,55 @@ def test_other_fields_and_other_lines_change_the_fingerprint(tmp_path: pathlib.P
     os.utime(path, (1, 1))
     seen.append(open_files(str(path)).fingerprint)
     assert len(set(seen)) == 4
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("content", ["", '{"text": "b"}\n', '{"text": "a"}\n{"text": "b"}\n'])
+def test_a_file_that_changes_while_it_is_read_is_named(
+    name: str, content: str, tmp_path: pathlib.Path
+) -> None:
+    """Else a cache would hold another text than its name says, or half a line less."""
+    path = tmp_path / name
+    path.write_text('{"text": "a"}\n')
+    source = open_files(str(path))
+    assert len(source) == 1
+    path.write_text(content)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ConfigError, match=rf"{name} has changed while it was read; run again when"):
+        source[0]
+
+
+def test_a_few_lines_are_read_without_those_around_them(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' * 1_000)
+    source = open_files(f"{tmp_path}/a.jsonl")
+    assert len(source) == 1_000
+    sizes: list[int] = []
+    read = files.storage.read
+
+    def counted(*arguments: Any) -> bytes:
+        content = read(*arguments)
+        sizes.append(len(content))
+        return content
+
+    monkeypatch.setattr(files.storage, "read", counted)
+    for index in range(0, 1_000, 100):
+        source[index]
+    assert sizes == [16] * 10
+    sizes.clear()
+    for index in range(1_000):
+        source[index]
+    assert sizes == [16, 16 * 999], "in order they are read in blocks"
+
+
+def test_counting_lines_stops_when_told(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' * 10)
+    monkeypatch.setattr(files, "SCAN_BYTES", 16)
+    answers = iter([False] * 5 + [True])
+    data = DataConfig(source=f"files:{tmp_path}/a.jsonl", cache_dir=str(tmp_path / "caches"))
+    with pytest.raises(Stopped, match=r"while the lines of .*a\.jsonl were counted"):
+        prepare(data, stop=lambda: next(answers))
+    assert list(answers) == []

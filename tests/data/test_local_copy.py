@@ -225,3 +225,11 @@ def test_a_lock_ends_with_its_owner(source: pathlib.Path, local: str) -> None:
         run.kill()
         run.wait()
     assert files_of(copy_cache(source, local, stop=never).path) == files_of(source)
+
+
+def test_a_copy_that_cannot_take_its_place_is_one_line(source: pathlib.Path, local: str) -> None:
+    """As where the disk is full at the very end."""
+    (pathlib.Path(local) / f".{source.name}.copy" / "folder").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"local: index\.json cannot be written \("):
+        copy_cache(source, local, stop=never)
+    assert visible(local) == []

@@ -215,3 +215,12 @@ def test_a_part_without_a_window_is_named(mixed: DataConfig, tmp_path: pathlib.P
     with pytest.raises(ConfigError, match=r"data\.length=16 needs 17 tokens.*a\.txt") as error:
         Loader(open_corpus(data), data, global_batch_size=2, seed=0)
     assert "\n" not in str(error.value)
+
+
+def test_a_part_that_is_wrong_is_named_before_the_first_is_prepared(mixed: DataConfig) -> None:
+    data = dataclasses.replace(
+        mixed, source="1 synthetic; 1 files:none/*", cache_dir=f"{mixed.cache_dir}/new"
+    )
+    with pytest.raises(ConfigError, match=r"'files:none/\*' matches no local file"):
+        prepare_corpus(data)
+    assert not pathlib.Path(data.cache_dir).exists()

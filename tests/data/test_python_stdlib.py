@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from jaxscale.config import DataConfig
+from jaxscale.config import ConfigError, DataConfig
 from jaxscale.data.documents import Document
 from jaxscale.data.prepare import PrepareResult, prepare
 from jaxscale.data.sources import open_source
+from tests.data.conftest import SmallFiles
 
 OPEN = """
 import sys
@@ -65,3 +66,8 @@ def test_two_processes_make_it_at_once_without_tensorflow(tmp_path: pathlib.Path
     assert outputs[0][0] == outputs[1][0], "the number of documents, and not a line more"
     left = [path.name for path in tmp_path.rglob("*incomplete*")]
     assert left == []
+
+
+def test_a_full_disk_is_named(tmp_path: pathlib.Path, small_files: SmallFiles) -> None:
+    with small_files(100_000), pytest.raises(ConfigError, match=r"cannot be written \(.*too large"):
+        prepare(DataConfig(cache_dir=str(tmp_path)))

@@ -23,6 +23,7 @@ from jaxscale.data.sources import open_source
 from jaxscale.data.token_cache import TokenCache
 from jaxscale.data.tokenizer import load_tokenizer
 from tests.conftest import ROOT
+from tests.data.conftest import SmallFiles
 
 
 @pytest.fixture(autouse=True)
@@ -364,3 +365,33 @@ def test_a_corpus_that_cannot_be_read_keeps_what_is_done(
     with pytest.raises(ConfigError, match="cannot be read"):
         prepare(fresh)
     assert len(kept(fresh)) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_named_and_keeps_what_is_done(
+    fresh: DataConfig, workers: int, whole: TokenCache, small_files: SmallFiles
+) -> None:
+    stop_after(fresh, 3, workers=workers)
+    found = len(kept(fresh))
+    with (
+        small_files(4_000),
+        pytest.raises(ConfigError, match=r"caches cannot be written \(.*File too large\); free"),
+    ):
+        prepare(fresh, workers=workers)
+    assert len(kept(fresh)) >= found
+    assert not list(partial_of(fresh).glob("whole/.*"))
+    assert_same_cache(prepare(fresh), whole)
+
+
+def test_a_disk_that_is_full_at_the_end_is_named(
+    fresh: DataConfig, whole: TokenCache, small_files: SmallFiles
+) -> None:
+    def interrupt_at_the_end(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(fresh, progress=interrupt_at_the_end)
+    with small_files(1_000), pytest.raises(ConfigError, match=r"caches cannot be written \(File"):
+        prepare(fresh)
+    assert_same_cache(prepare(fresh), whole)

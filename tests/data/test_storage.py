@@ -180,3 +180,13 @@ assert "fsspec" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert storage.REMOTE == ("gs://", "s3://")
+
+
+def test_an_empty_object_is_an_empty_document(bucket: str) -> None:
+    filesystem = fsspec.filesystem(bucket.partition(":")[0])
+    filesystem.pipe({f"{bucket}/empty/{name}": b"" for name in ("a.txt", "b.jsonl")})
+    source = open_source(f"files:{bucket}/empty/*", cache_dir="unused")
+    assert [source[index] for index in range(len(source))] == [
+        Document(f"{bucket}/empty/a.txt", "")
+    ]
+    filesystem.rm(f"{bucket}/empty", recursive=True)
