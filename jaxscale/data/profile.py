@@ -26,7 +26,7 @@ from jaxscale.data.corpus import with_trained_tokenizer
 from jaxscale.data.documents import Document, Skipped, Source
 from jaxscale.data.loader import READ_THREADS, Loader, Windows
 from jaxscale.data.mixture import parse_mixture
-from jaxscale.data.prepare import Running, cache_root, write_cache
+from jaxscale.data.prepare import Running, cache_root, write_cache, writing_to
 from jaxscale.data.shards import Work, write_shard
 from jaxscale.data.sources import open_source
 from jaxscale.data.token_cache import TRAIN, ShardWriter, TokenCache, TokenSplit
@@ -96,9 +96,9 @@ def profile_pipeline(
     Raises:
       ConfigError: the corpus, the tokenizer or the cache folder cannot be used.
     """
-    root = pathlib.Path(data.local_cache_dir).expanduser() if data.local_cache_dir else None
-    root = root or cache_root(data)
-    records.check_writable(root, f"data.cache_dir={root}")
+    knob = "local_cache_dir" if data.local_cache_dir else "cache_dir"
+    root = cache_root(dataclasses.replace(data, cache_dir=getattr(data, knob)))
+    records.check_writable(root, f"data.{knob}={root}")
     if len(parse_mixture(data.source)[0]) > 1:
         raise ConfigError(
             f"data.source={data.source!r} is a mixture, and --profile measures one source; name one"
@@ -107,9 +107,9 @@ def profile_pipeline(
     source = open_source(data.source, cache_dir=cache_root(data) / "sources")
     tokenizer = load_tokenizer(data.tokenizer)
     # Should this process be killed, the next prepare removes it.
-    with tempfile.TemporaryDirectory(".partial", ".profile.", root) as folder:
+    with writing_to(root), tempfile.TemporaryDirectory(".partial", ".profile.", root) as folder:
         scratch = pathlib.Path(folder)
-        sample = Sample.take(source, tokenizer)
+        sample = Sample.take(source, tokenizer, min_tokens=data.length + 1)
         work = Work(sample, tokenizer, scratch / "shards", validation_below=0)
         path = scratch / "cache"
         write_cache(dataclasses.replace(data, validation_fraction=0.0), work, path, Running(1))
@@ -136,17 +136,22 @@ class Sample:
     fingerprint: str = "sample"
 
     @staticmethod
-    def take(source: Source, tokenizer: Tokenizer) -> "Sample":
-        """Take documents until they are enough bytes, or take long enough to tokenize."""
-        started, num_bytes, count = time.perf_counter(), 0, 0
-        while count < len(source) and num_bytes < SAMPLE_BYTES:
+    def take(source: Source, tokenizer: Tokenizer, *, min_tokens: int) -> "Sample":
+        """Take documents until they are enough bytes, or take long enough to tokenize.
+
+        They are `min_tokens` at least, unless the source has fewer.
+        """
+        started, num_bytes, num_tokens, count = time.perf_counter(), 0, 0, 0
+        while count < len(source):
+            took_long = time.perf_counter() - started > SAMPLE_SECONDS
+            if num_tokens >= min_tokens and (num_bytes >= SAMPLE_BYTES or took_long):
+                break
             document = source[count]
             count += 1
             if isinstance(document, Document):
-                num_bytes += len(document.text.encode())
-                tokenizer.encode(document.text)
-            if num_bytes and time.perf_counter() - started > SAMPLE_SECONDS:
-                break
+                text = document.prompt + document.text
+                num_bytes += len(text.encode())
+                num_tokens += len(tokenizer.encode(text))
         return Sample(source, count, num_bytes)
 
     def __len__(self) -> int:
@@ -177,7 +182,7 @@ def _num_batches(tokens_per_batch: int) -> int:
 def _tokenizing_stages(sample: Sample, tokenizer: Tokenizer, scratch: pathlib.Path) -> list[Rate]:
     """Measure reading documents, encoding them, and writing tokens, in this process."""
     documents = map(sample.__getitem__, range(len(sample)))
-    texts = [d.text for d in documents if isinstance(d, Document)]
+    texts = [d.prompt + d.text for d in documents if isinstance(d, Document)]
     encoded = [tokenizer.encode(text) for text in texts]
     tokens, size = sum(map(len, encoded)) + len(encoded), sample.num_bytes
 

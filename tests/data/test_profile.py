@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -126,10 +127,16 @@ def test_slow_reading_shows_in_the_batches(
 def test_the_sample_is_bounded(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     source = profile.open_source(data.source, cache_dir=data.cache_dir)
     tokenizer = profile.load_tokenizer("bytes")
-    sample = profile.Sample.take(source, tokenizer)
+    sample = profile.Sample.take(source, tokenizer, min_tokens=1)
     assert 50_000 <= sample.num_bytes < 100_000
     monkeypatch.setattr(profile, "SAMPLE_SECONDS", 0.0)
-    assert len(profile.Sample.take(source, tokenizer)) < len(sample) < len(source)
+    first = profile.Sample.take(source, tokenizer, min_tokens=1)
+    assert len(first) < len(sample) < len(source)
+    for more in (2 * sample.num_bytes, sample.num_bytes // 2):
+        window = profile.Sample.take(source, tokenizer, min_tokens=more)
+        assert more <= window.num_bytes < more + 50_000, "it holds a window"
+    every = profile.Sample.take(source, tokenizer, min_tokens=10**9)
+    assert len(every) == len(source)
 
 
 def test_a_mixture_is_refused(fresh: DataConfig) -> None:
@@ -198,3 +205,22 @@ def test_the_table_fits_a_terminal() -> None:
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert short(value) == text
+
+
+def test_prompts_are_measured_too(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "_loading", lambda *_: [])
+    monkeypatch.setattr(profile.os, "cpu_count", lambda: 1)
+    rows = [json.dumps({"q": "q" * 999, "a": "a"})] * 50
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    data = DataConfig(
+        source=f"files:{tmp_path}/a.jsonl#q,a", length=100, cache_dir=str(tmp_path / "caches")
+    )
+    for r in measure(data)[:4]:
+        # 1,001 bytes and an end for each document.
+        assert r.bytes_per_second == pytest.approx(r.tokens_per_second, rel=0.01)
+
+
+def test_the_folder_that_cannot_be_written_is_named(data: DataConfig, corpus: pathlib.Path) -> None:
+    local = dataclasses.replace(data, local_cache_dir=str(corpus / "empty.txt"))
+    with pytest.raises(ConfigError, match=r"data\.local_cache_dir=.*empty\.txt cannot be written"):
+        measure(local)
