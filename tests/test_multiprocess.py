@@ -135,3 +135,26 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(
     for step, line in lines[1].items():
         assert lines[0][step][records.BATCH_HASH] == line[records.BATCH_HASH]
         assert lines[0][step][records.LOSS] == pytest.approx(line[records.LOSS], rel=RUN_TOLERANCE)
+
+
+def test_hosts_with_other_files_are_told_so(tmp_path: pathlib.Path) -> None:
+    """Each process has a home of its own, as on hosts that share no disk."""
+    for rank in range(2):
+        (tmp_path / f"home{rank}").mkdir()
+        (tmp_path / f"home{rank}" / "text.txt").write_text(f"text of host {rank}\n" * 200)
+    home = "import os; os.environ['HOME'] = os.environ['HOME_OF'] + os.environ['RANK']\n"
+    script = tmp_path / "train.py"
+    script.write_text(f"{home}import sys\nfrom jaxscale import cli\nsys.exit(cli.main())\n")
+    train = [
+        *(str(script), "train", f"--workdir={tmp_path / 'run'}", "--devices=cpu:4"),
+        *(f"--config={ROOT / 'configs' / 'lm.py'}:tiny", "--config.data.source=files:~/text.txt"),
+        *("--config.data.length=32", "--config.data.cache_dir=~/caches", "--config.train.steps=2"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME_OF", str(tmp_path / "home"))
+        with started(2, *train) as processes:
+            outputs = [process.communicate(timeout=120)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 2, output
+        assert "holds other tokens for processes [1] than for process 0; give all" in output
+    assert not (tmp_path / "run" / records.CHECKPOINTS_DIR).exists()

@@ -9,12 +9,17 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from jaxscale import config_source, records, runtime, workdir
 from jaxscale.checkpoint import Checkpointer
 from jaxscale.config import Config, ConfigError, DataConfig
 from jaxscale.data.bpe import bpe_size, vocabulary_size
 from jaxscale.data.corpus import open_corpus, prepare_corpus
 from jaxscale.data.loader import Loader
+from jaxscale.data.mixture import Mixture
 from jaxscale.data.prepare import Progress
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.data.workers import Stop, never
@@ -81,7 +86,8 @@ def open_data(
       stop: asked now and then whether to stop preparing.
 
     Raises:
-      ConfigError: the corpus or the tokenizer cannot be used with this config.
+      ConfigError: the corpus or the tokenizer cannot be used with this config, or another process
+        found other tokens.
       Stopped: `stop` said so.
     """
     config = assembly.config
@@ -96,8 +102,23 @@ def open_data(
         seed=config.train.seed,
         sharding=assembly.batch_sharding,
     )
+    _check_same_everywhere(corpus, config)
     notes = tuple(note for result in prepared for note in result.notes)
     return OpenData(load_tokenizer(str(corpus.tokenizer_path)), loader, notes)
+
+
+def _check_same_everywhere(corpus: Mixture, config: Config) -> None:
+    """Check that the processes, each on its host's files, found the same tokens."""
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(bytes.fromhex(corpus.fingerprint), np.uint32)
+    every = np.asarray(multihost_utils.process_allgather(own))
+    others = np.flatnonzero((every != every[0]).any(1)).tolist()
+    if others:
+        raise ConfigError(
+            f"data.source={config.data.source} holds other tokens for processes {others} than for "
+            "process 0; give all hosts the same files, or one data.cache_dir and corpus to share"
+        )
 
 
 def with_own_tokenizer(data: DataConfig, origin: str | os.PathLike[str]) -> DataConfig:
