@@ -36,6 +36,11 @@ def first_loss_scale(config: Config) -> LossScale | None:
     """Return the dynamic loss scale of step 0; None where the config has none."""
     if config.model.compute_dtype != "float16" or config.train.loss_scale:
         return None
+    return new_loss_scale()
+
+
+def new_loss_scale() -> LossScale:
+    """Return a scale that has seen no step."""
     return LossScale(jnp.float32(FIRST), jnp.zeros((), jnp.int32))
 
 

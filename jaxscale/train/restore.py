@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import config_source, records, workdir
-from jaxscale.checkpoint import Checkpointer, Newest, set_aside
+from jaxscale.checkpoint import OPTIMIZER, Checkpointer, Newest, set_aside
 from jaxscale.config import Config, ConfigError
 from jaxscale.data.tokenizer import Tokenizer
+from jaxscale.train.loss_scale import new_loss_scale
 from jaxscale.train.state import Assembly, TrainState, abstract_state, init_state
 
 INIT_FROM = "checkpoint.init_from"
+LOSS_SCALE = "loss_scale"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +140,26 @@ def check_tokenizer(
 
 
 def restore_state(assembly: Assembly, reader: Checkpointer, step: int) -> TrainState:
-    """Read the state of a step onto the assembly's mesh, whatever mesh wrote it."""
+    """Read the state of a step onto the assembly's mesh, whatever mesh wrote it.
+
+    A loss scale that the run had not starts anew, and one that the config has not is dropped: the
+    compute dtype has changed.
+    """
     abstract = abstract_state(assembly)
-    found = reader.restore(step, params=abstract.params, optimizer=optimizer_item(abstract))
     replicated = NamedSharding(assembly.mesh, PartitionSpec())
+    new_scale = jax.device_put(new_loss_scale(), replicated)
+    item = optimizer_item(dataclasses.replace(abstract, loss_scale=None))
+    if reader.holds(step, OPTIMIZER, LOSS_SCALE):
+        item[LOSS_SCALE] = new_scale
+    found = reader.restore(step, params=abstract.params, optimizer=item)
+    scale = found.optimizer.get(LOSS_SCALE, new_scale)
     return TrainState(
         step=jax.device_put(jnp.int32(step), replicated),
         params=found.params,
         optimizer=found.optimizer["state"],
         skipped_steps=found.optimizer["skipped_steps"],
         skipped_in_a_row=found.optimizer["skipped_in_a_row"],
-        loss_scale=found.optimizer.get("loss_scale"),
+        loss_scale=None if abstract.loss_scale is None else scale,
     )
 
 
@@ -159,4 +170,4 @@ def optimizer_item(state: TrainState) -> dict[str, Any]:
         "skipped_steps": state.skipped_steps,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
-    return item if state.loss_scale is None else {**item, "loss_scale": state.loss_scale}
+    return item if state.loss_scale is None else {**item, LOSS_SCALE: state.loss_scale}

@@ -13,11 +13,20 @@ import pytest
 from jaxscale import records
 from jaxscale.checkpoint import Checkpointer
 from jaxscale.config import CheckpointConfig, ConfigError
+from jaxscale.train.loop import train
 from jaxscale.train.loss_scale import FIRST, GROWTH_STEPS, LEAST, MOST, LossScale, adjusted
 from jaxscale.train.restore import optimizer_item, restore_state
 from jaxscale.train.state import Assembly, Batch, TrainState
 from jaxscale.train.step import compile_step, loss_and_gradients
-from tests.programs import assemble_tiny, batch_on, first_state, relative_errors, tiny_config
+from jaxscale.train.trained import open_trained
+from tests.programs import (
+    assemble_tiny,
+    batch_on,
+    first_state,
+    last_lines,
+    relative_errors,
+    tiny_config,
+)
 
 # As GRADIENT_TOLERANCE_BF16 in test_equality.py, for 11 bits: one rounding errs by at most 2^-12,
 # some 20 add up like a random walk, and the largest of a leaf's errors counts: 4 deviations.
@@ -171,6 +180,19 @@ def test_scale_and_counter_come_back_bitwise(tmp_path: pathlib.Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
     assert float(saved.loss_scale.factor) == FIRST / 2
+
+
+def test_a_run_can_change_to_another_dtype_and_back(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    """The scale is dropped, and starts anew."""
+    dtypes = ("float16", "bfloat16", "float16", "float16")
+    for steps, dtype in enumerate(dtypes, start=1):
+        config = make_config(train__steps=steps, model__compute_dtype=dtype)
+        train(config, tmp_path, allow_config_change=True)
+    scales = [line.get(records.LOSS_SCALE) for line in last_lines(tmp_path).values()]
+    assert scales == [FIRST, None, FIRST, FIRST]
+    assert open_trained(tmp_path).step == 4
 
 
 def test_a_run_whose_weights_overflow_ends_after_the_scale_has_fallen() -> None:
