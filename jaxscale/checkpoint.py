@@ -6,13 +6,14 @@ does not fit its manifest. Neither the model nor the optimizer library is needed
 told by abstract arrays what to make, and where.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -160,12 +161,19 @@ class Checkpointer:
         Raises:
           ConfigError: there are steps, and all of them are damaged.
         """
+        steps: list[int] = _from_primary(self.all_steps)
         damaged: dict[int, str] = {}
-        for step in reversed(_from_primary(self.all_steps)):
+        for step in reversed(steps):
             damage = self._find_damage(step)
             if damage is None:
-                return Newest(step, damaged)
+                break
             damaged[step] = damage
+        if damaged and _from_primary(self.all_steps)[-1:] != steps[-1:]:
+            # A run is writing here: it has saved a newer step, and removed what was being read.
+            self._damage.clear()
+            return self.newest()
+        if len(damaged) < len(steps):
+            return Newest(step, damaged)
         if not damaged:
             return None
         found = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
@@ -183,9 +191,15 @@ class Checkpointer:
             )
         return self._damage[step]
 
+    def holds(self, step: int, item: str, name: str) -> bool:
+        """Tell whether an item of a step has an entry of this name; errors as for `restore`."""
+        with self._reading(step) as folder:
+            return name in ocp.PyTreeCheckpointHandler().metadata(folder / item).tree
+
     def read_meta(self, step: int) -> dict[str, Any]:
         """Read the JSON item of a step; errors as for `restore`."""
-        return dict(ocp.JsonCheckpointHandler().restore(self._step_directory(step) / META))
+        with self._reading(step) as folder:
+            return dict(ocp.JsonCheckpointHandler().restore(folder / META))
 
     def restore(self, step: int, *, params: Any, optimizer: Any) -> Restored:
         """Read a step as arrays of the shardings given, whatever mesh wrote it.
@@ -210,11 +224,26 @@ class Checkpointer:
         return self._restore_item(step, PARAMS, abstract)
 
     def _restore_item(self, step: int, item: str, abstract: Any) -> Any:
-        path = self._step_directory(step) / item
-        handler = ocp.PyTreeCheckpointHandler()
-        _check_shapes(path, handler.metadata(path).tree, abstract)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        return handler.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args))
+        with self._reading(step) as folder:
+            path, handler = folder / item, ocp.PyTreeCheckpointHandler()
+            _check_shapes(path, handler.metadata(path).tree, abstract)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+            return handler.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[epath.Path]:
+        """Give the folder of a whole step; one that a running writer removes is a ConfigError."""
+        folder = self._step_directory(step)
+        try:
+            yield folder
+        except Exception as error:
+            damage = manifest.find_damage(folder, step, "sizes")
+            if damage is None:
+                raise
+            raise ConfigError(
+                f"checkpoint {folder} was removed or altered while it was read ({damage}); "
+                "a running train keeps the newest steps alone (checkpoint.keep_last): try again"
+            ) from error
 
     def _step_directory(self, step: int) -> epath.Path:
         steps = self.all_steps()
@@ -303,6 +332,8 @@ def _check_shapes(path: epath.Path, saved: Any, wanted: Any) -> None:
     """Raise ConfigError for the first array that is not in both trees with one shape."""
     old, new = _shapes(saved), _shapes(wanted)
     remedy = "restore with the config that made it (config.json of its workdir)"
+    if path.name == OPTIMIZER:
+        remedy += ", or take its parameters alone into a new workdir (checkpoint.init_from)"
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) == new.get(name):
             continue

@@ -68,7 +68,7 @@ def find_damage(folder: epath.Path, step: int, verify: str) -> str | None:
 
 def _problems(folder: epath.Path, step: int, verify: str) -> Iterator[str]:
     if not folder.is_dir():
-        yield "it is a file and no folder"
+        yield "it is a file and no folder" if folder.exists() else "it is gone"
         return
     manifest = _read(folder)
     if isinstance(manifest, str):

@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxscale import checkpoint, manifest
 from jaxscale.checkpoint import Checkpointer, Newest, read_params
 from jaxscale.config import CheckpointConfig, ConfigError
 
@@ -305,3 +306,39 @@ def test_two_processes_continue_what_one_began(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(np.asarray(restored.optimizer["w"]), values)
     assert restored.meta == {"processes": 2}
     assert (tmp_path / "checkpoints" / "2.damaged-1").exists()
+
+
+def test_steps_that_a_running_writer_removes_are_not_called_damaged(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer saves two steps, and removes those before, while the reader verifies the first."""
+    find_damage = manifest.find_damage
+    with Checkpointer(tmp_path, CheckpointConfig(keep_last=1, keep_every=2)) as writer:
+        save(writer, 2, 3)
+        later = [4, 5]
+
+        def at_that_moment(*arguments: Any) -> str | None:
+            while later:
+                save(writer, later.pop(0))
+            return find_damage(*arguments)
+
+        monkeypatch.setattr(manifest, "find_damage", at_that_moment)
+        reader = Checkpointer(tmp_path, CheckpointConfig(), read_only=True)
+        assert reader.newest() == Newest(5, {})
+        assert reader.all_steps() == [2, 4, 5]
+
+
+def test_a_step_that_is_removed_while_it_is_read_is_told_in_one_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = make_mesh(fsdp=8)
+    with Checkpointer(tmp_path, CheckpointConfig(keep_last=1)) as writer:
+        params, _ = save(writer, 1, mesh=mesh)
+
+        def at_that_moment(*_: Any) -> None:
+            save(writer, 2)
+
+        monkeypatch.setattr(checkpoint, "_check_shapes", at_that_moment)
+        reader = Checkpointer(tmp_path, CheckpointConfig(), read_only=True)
+        with pytest.raises(ConfigError, match=r"/1 was removed .* while it was read .it is gone"):
+            reader.restore_params(1, abstract(params, mesh))
