@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxscale.config import ConfigError, RuntimeConfig
 
@@ -138,6 +140,13 @@ def join(group: ProcessGroup, *, timeout_seconds: int) -> None:
 def is_primary() -> bool:
     """Tell whether this is the process of its group that prints and writes results."""
     return jax.process_index() == 0
+
+
+def agreed(number: int) -> int:
+    """Return the primary process's number on all, for what clocks decide; a collective."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def describe() -> dict[str, Any]:

@@ -260,10 +260,9 @@ def _smoke(args: argparse.Namespace, config: Config) -> int:
 
     result = smoke.smoke(config, seconds=smoke.SECONDS)
     if runtime.is_primary():
-        first, last, steps = result.losses[0], result.losses[-1], len(result.losses)
         print(
-            f"{result.rows} sequences of {result.length} tokens: loss {first:.4f} at step 1, "
-            f"{last:.4f} at step {steps}\n"
+            f"{result.rows} sequences of {result.length} tokens: loss {result.first_loss:.4f} at "
+            f"step 1, {result.last_loss:.4f} at step {result.num_steps}\n"
             f"{result.step_seconds:.3f} s per step, {result.tokens_per_second:,.0f} tokens/s, "
             f"MFU {result.mfu:.1%} of {result.peak.flops_per_second:.3g} FLOP/s "
             f"({result.peak.source}){_fake_devices()}"

@@ -93,6 +93,24 @@ def test_no_process_holds_the_whole_model_or_reads_the_whole_batch(run: Any) -> 
     assert rows == list(range(8))
 
 
+SMOKE = """
+import jax
+from jaxscale import runtime
+from jaxscale.config import RuntimeConfig
+runtime.start(RuntimeConfig(), devices="cpu:1")
+from jaxscale.train.smoke import smoke
+from tests.programs import tiny_config
+config = tiny_config(mesh={"data": 2}, optimizer={"learning_rate": 0.0})
+print("steps", smoke(config, seconds=30.0 * jax.process_index()).num_steps)
+"""
+
+
+def test_processes_end_a_smoke_test_together_though_their_clocks_differ() -> None:
+    with started(2, "-c", SMOKE) as processes:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert ["steps 5" in output for output in outputs] == [True, True], outputs
+
+
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_signal_to_one_stops_all_and_one_process_goes_on(
     tmp_path: pathlib.Path, number: signal.Signals, rank: int

@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh
 
+from jaxscale import runtime
 from jaxscale.config import Config, ConfigError
 from jaxscale.train.dry_run import bytes_on_device, memory_of_device
 from jaxscale.train.state import abstract_batch, abstract_state, assemble, init_state
@@ -46,7 +47,7 @@ def measure_step(config: Config) -> tuple[int, list[float]]:
 
     with jax.set_mesh(assembly.mesh):
         run(1)
-        steps = max(1, int(SECONDS_PER_REPEAT / run(1)))
+        steps = runtime.agreed(max(1, int(SECONDS_PER_REPEAT / run(1))))
         seconds = [run(steps) for _ in range(REPEATS)]
     return config.train.global_batch_size * config.data.length, seconds
 

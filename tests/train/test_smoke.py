@@ -1,6 +1,7 @@
 """The smoke test passes where training works, and fails loudly where it does not."""
 
 import dataclasses
+import math
 import pathlib
 
 import pytest
@@ -23,8 +24,8 @@ def test_a_small_batch_is_learnt_by_heart() -> None:
     assert result.passed
     # One row for each shard of the batch and accumulation step.
     assert (result.rows, result.length) == (4, 16)
-    assert result.losses[-1] < LEARNT * result.losses[0]
-    assert all(loss >= LEARNT * result.losses[0] for loss in result.losses[:-1])
+    assert result.last_loss < LEARNT * result.first_loss
+    assert 1 < result.num_steps < 100
     assert result.tokens_per_second == pytest.approx(4 * 16 / result.step_seconds)
 
 
@@ -34,7 +35,16 @@ def test_a_loss_that_does_not_fall_fails(learning_rate: float) -> None:
     optimizer = dataclasses.replace(config.optimizer, learning_rate=learning_rate)
     result = run(dataclasses.replace(config, optimizer=optimizer), seconds=0)
     assert not result.passed
-    assert not result.losses[-1] < FALLEN * result.losses[0]
+    assert not result.last_loss < FALLEN * result.first_loss
+
+
+def test_a_model_that_has_diverged_to_a_guess_fails() -> None:
+    """Its loss, ln 8, is less than that of the first weights by more than a tenth."""
+    model, optimizer = {"vocab_size": 8}, {"learning_rate": 1e30}
+    result = run(tiny_config(mesh={"data": 8}, model=model, optimizer=optimizer), seconds=0)
+    assert result.last_loss == pytest.approx(math.log(8))
+    assert result.last_loss < FALLEN * result.first_loss
+    assert not result.passed
 
 
 @pytest.mark.parametrize(("rate", "code"), [("3e-3", 0), ("0", 1)])
