@@ -4,8 +4,11 @@
 comes before anything compiles.
 """
 
+import contextlib
+import fcntl
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from jaxscale import config_source, records
@@ -48,6 +51,31 @@ def check_writable(workdir: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(workdir)
     records.check_writable(path, f"--workdir={workdir}")
     return path
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keep a second run out of the folder; the kernel lets go when this process ends, however.
+
+    A file system that cannot lock a folder (some are networks) protects nothing.
+
+    Raises:
+      ConfigError: another process trains there.
+    """
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--workdir={workdir}: another process trains there; wait for its end, or take a "
+                "new workdir"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def check_same_run(previous: Config, config: Config, workdir: str | os.PathLike[str]) -> None:

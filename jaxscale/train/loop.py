@@ -65,12 +65,14 @@ def train(
       progress: told of the documents prepared.
 
     Raises:
-      ConfigError: a user's mistake, before anything compiles.
+      ConfigError: a user's mistake, before anything compiles; so is a workdir in use.
       Stopped: a signal came while the corpus was tokenized.
     """
     folder = workdir.check_writable(folder)
     goodput = Goodput(folder, primary=runtime.is_primary())
     with contextlib.ExitStack() as stack:
+        if runtime.is_primary():
+            stack.enter_context(workdir.locked(folder))
         # Before the corpus is tokenized and the step compiled, which may take long.
         stop = stack.enter_context(StopRequest(in_group=jax.process_count() > 1))
         with goodput.measure(records.INIT_SECONDS):

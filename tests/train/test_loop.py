@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxscale import config_source, records
+from jaxscale import config_source, records, workdir
 from jaxscale.checkpoint import Checkpointer
 from jaxscale.config import CheckpointConfig, ConfigError
 from jaxscale.goodput import read_goodput
@@ -80,6 +80,15 @@ def test_the_step_is_compiled_once_per_run(
         train(make_config(), tmp_path / "run")
     steps = [x for x in caplog.messages if x.startswith("Finished XLA compilation of jit(step)")]
     assert len(steps) == 1
+
+
+def test_a_second_run_in_a_workdir_is_refused_until_the_first_ends(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    with workdir.locked(tmp_path), pytest.raises(ConfigError, match="another process trains there"):
+        train(make_config(), tmp_path)
+    with workdir.locked(tmp_path):
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_config_of_another_run_is_refused_with_the_difference(
