@@ -221,6 +221,18 @@ def test_the_scale_doubles_after_many_good_steps_and_keeps_its_limits() -> None:
     assert after(LEAST, 5, False) == (LEAST, 0)
 
 
+def test_the_step_counts_good_steps_until_the_scale_doubles() -> None:
+    assembly, _ = here = program("float16")
+    state = first_state(assembly)
+    counter = jax.device_put(np.int32(GROWTH_STEPS - 2), state.loss_scale.good_steps.sharding)
+    scale = dataclasses.replace(state.loss_scale, good_steps=counter)
+    state, lines = steps(
+        here, dataclasses.replace(state, loss_scale=scale), [batch_on(assembly, 0)] * 3
+    )
+    assert [line[records.LOSS_SCALE] for line in lines] == [FIRST, FIRST, 2 * FIRST]
+    assert int(state.loss_scale.good_steps) == 1
+
+
 @pytest.mark.slow
 def test_a_fixed_scale_stays_and_its_overflows_count() -> None:
     assembly, _ = here = program("float16", loss_scale=FIRST)
