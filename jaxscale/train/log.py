@@ -55,7 +55,7 @@ class StepLog:
         # Notes that belong below the line of a step which is not logged yet.
         self._notes: list[str] = []
         self._read_step = first_step
-        self._mark(first_step)
+        self._mark(first_step, time.perf_counter())
 
     def __enter__(self) -> Self:
         self._console.__enter__()
@@ -84,9 +84,9 @@ class StepLog:
         self._writer.close()
         self._console.__exit__()
 
-    def _mark(self, step: int) -> None:
+    def _mark(self, step: int, moment: float) -> None:
         """Begin a new interval of measurement before `step`."""
-        self._marked_step, self._marked_time = step, time.perf_counter()
+        self._marked_step, self._marked_time = step, moment
         self._marked_wait = self.goodput.seconds()[records.DATA_WAIT_SECONDS]
         self._aside_seconds = 0.0
 
@@ -114,24 +114,26 @@ class StepLog:
           last: whether the run ends here.
         """
         values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
+        # The next step runs while this one is written down.
+        moment = time.perf_counter()
         self.loss = values[records.LOSS]
         done = step + 1
         bad_steps: int = values.pop(records.SKIPPED_IN_A_ROW)
         if done % self.run.assembly.config.train.log_every == 0 or last or bad_steps:
-            values |= self._figures(done, values)
+            values |= self._figures(done, values, moment)
             self._writer.write(done, records.KIND_TRAIN, values)
             self.goodput.write(done)
             self._console.log(done, values)
-            self._mark(done)
+            self._mark(done, moment)
         else:
             self._console.advance(done)
         self._read_step = done
         self._show_notes()
         return bad_steps
 
-    def _figures(self, done: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _figures(self, done: int, values: Mapping[str, Any], moment: float) -> dict[str, Any]:
         steps = max(done - self._marked_step, 1)
-        seconds = max(time.perf_counter() - self._marked_time - self._aside_seconds, 1e-9)
+        seconds = max(moment - self._marked_time - self._aside_seconds, 1e-9)
         wait = self.goodput.seconds()[records.DATA_WAIT_SECONDS] - self._marked_wait
         tokens_per_second = steps * self._tokens_per_step / seconds
         checkpoint, self._checkpoint_seconds = self._checkpoint_seconds, None

@@ -5,6 +5,7 @@ import io
 import logging
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -272,6 +273,22 @@ def test_interruptions_do_not_change_what_is_said_of_speed(
         assert charged > 0.8 * seconds
     # Without waiting for the step in flight, the second would be some hundred times the first.
     assert 0.2 < speeds["interrupted"] / speeds["plain"] < 5
+
+
+class Slow(io.StringIO):
+    """A stream that takes its time to write the line of step 1, while step 2 runs to its end."""
+
+    def write(self, text: str) -> int:
+        if text.startswith("step 1/"):
+            time.sleep(0.5)
+        return super().write(text)
+
+
+def test_steps_that_run_while_a_line_is_written_do_not_look_faster(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    train(make_config(train__steps=2), tmp_path, stream=Slow())
+    assert last_lines(tmp_path)[2][records.STEP_SECONDS] > 0.5
 
 
 def test_restore_from_goes_on_longer_and_init_only_checks(
