@@ -24,7 +24,7 @@ SECONDS = 60.0
 # However slow the machine is.
 MIN_STEPS = 5
 WARMUP_STEPS = 5
-# Tokens that one shard of the length holds, at most.
+# Tokens that one shard of the residual stream holds, at most.
 SHARD_TOKENS = 128
 # Shares of the first loss, or of a guess's where that is lower, for a model that has diverged may
 # end at a guess: below the one the batch counts as learnt; where time ran out, a loss above the
@@ -110,7 +110,8 @@ def _with_small_batch(config: Config) -> Assembly:
     whole = assemble(config)
     rules, mesh = whole.rules, whole.mesh
     parts = config.train.accumulation_steps
-    length = min(config.data.length, SHARD_TOKENS * rules.num_shards("length", mesh))
+    shards = (rules.num_shards(name, mesh) for name in ("length", "residual_length"))
+    length = min(config.data.length, SHARD_TOKENS * math.lcm(*shards))
     small = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, length=length),

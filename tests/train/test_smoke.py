@@ -9,7 +9,7 @@ import pytest
 from jaxscale import records
 from jaxscale.cli import main
 from jaxscale.config import Config
-from jaxscale.train.smoke import FALLEN, LEARNT, SmokeResult, smoke
+from jaxscale.train.smoke import FALLEN, LEARNT, SmokeResult, _with_small_batch, smoke
 from tests.programs import tiny_config
 
 MESH = {"data": 2, "sequence": 2, "tensor": 2}
@@ -27,6 +27,13 @@ def test_a_small_batch_is_learnt_by_heart() -> None:
     assert result.last_loss < LEARNT * result.first_loss
     assert 1 < result.num_steps < 100
     assert result.tokens_per_second == pytest.approx(4 * 16 / result.step_seconds)
+
+
+def test_the_length_is_cut_to_what_every_rule_divides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of 3 tokens would not divide where the residual stream lies in four."""
+    monkeypatch.setattr("jaxscale.train.smoke.SHARD_TOKENS", 3)
+    config = tiny_config(mesh=MESH, rules={"residual_length": "sequence,tensor"})
+    assert _with_small_batch(config).config.data.length == 12
 
 
 @pytest.mark.parametrize("learning_rate", [0.0, 1e30])
