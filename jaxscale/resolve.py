@@ -17,6 +17,8 @@ from jaxscale.config import (
     ModelConfig,
 )
 
+LEAST_EPSILON = 2.0**-126  # the least normal number of float32
+
 
 def resolve(config: Config) -> Config:
     """Fill in the knobs whose 0 or -1 means "as another knob says", and validate the result.
@@ -140,8 +142,15 @@ def _check_loop(config: Config) -> None:
         if not getattr(optimizer, name) < 1:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} is not in [0, 1)")
     # A gradient of 0 divided by a root of 0 would be no number.
-    if not optimizer.epsilon > 0:
-        raise ConfigError(f"optimizer.epsilon={optimizer.epsilon} is not above 0, like 1e-8")
+    if not optimizer.epsilon >= LEAST_EPSILON:
+        raise ConfigError(
+            f"optimizer.epsilon={optimizer.epsilon} is nothing in float32; take one like 1e-8"
+        )
+    if not optimizer.decay_fraction <= 1:
+        raise ConfigError(
+            f"optimizer.decay_fraction={optimizer.decay_fraction} is not in [0, 1], a share of the "
+            "schedule"
+        )
     if train.loss_scale and config.model.compute_dtype != "float16":
         raise ConfigError(
             f"train.loss_scale={train.loss_scale} scales float16 alone; set it to 0, or "

@@ -69,7 +69,13 @@ WRONG = {
         model=ModelConfig(remat="names", remat_names=("queries",))
     ),
     "model.scan_unroll=3 unrolls in parts": Config(model=ModelConfig(remat="none", scan_unroll=3)),
-    "optimizer.epsilon=0.0 is not above 0": Config(optimizer=OptimizerConfig(epsilon=0.0)),
+    "optimizer.epsilon=0.0 is nothing in float32": Config(optimizer=OptimizerConfig(epsilon=0.0)),
+    "optimizer.epsilon=1e-50 is nothing in float32": Config(
+        optimizer=OptimizerConfig(epsilon=1e-50)
+    ),
+    "optimizer.decay_fraction=20.0 is not in [0, 1]": Config(
+        optimizer=OptimizerConfig(decay_fraction=20.0)
+    ),
     "train.seed=4294967296 is too large": Config(train=TrainConfig(seed=2**32)),
     "optimizer.beta2=1.0 is not in [0, 1)": Config(optimizer=OptimizerConfig(beta2=1.0)),
 }
