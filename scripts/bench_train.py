@@ -9,7 +9,7 @@ its own with all cores; they take turns, a few steps each, so that what else the
 on all alike. Before anything counts, all start from the same weights and must give the same losses
 over the first steps: they compute one thing. Read the ratios; an absolute speed means little.
 
-All run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which docs/training.md advises on a CPU.
+All run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which docs/figures.md advises on a CPU.
 """
 
 import argparse

@@ -123,10 +123,10 @@ def checkpoints(workdir: pathlib.Path) -> list[int]:
 
 def check_files_are_explained(workdir: pathlib.Path) -> None:
     """Each field of a run's metrics and goodput stands in the page on training."""
-    explained = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "training.md").read_text()))
+    explained = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "figures.md").read_text()))
     for file in (records.METRICS_FILE, records.GOODPUT_FILE):
         fields = {name for line in records.read_lines(workdir / file) for name in line}
-        assert not fields - explained, f"docs/training.md does not explain these of {file}"
+        assert not fields - explained, f"docs/figures.md does not explain these of {file}"
 
 
 def check_picture_is_read(workdir: pathlib.Path) -> None:
