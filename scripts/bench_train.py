@@ -14,6 +14,7 @@ All run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which docs/figures.md advise
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -345,6 +346,8 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--tiny", action="store_true", help="try the script out; means no speed")
     args = parser.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        parser.error("PyTorch is missing; pip install --editable '.[bench]'")
     # Read when the contenders' processes start.
     os.environ |= {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     shape = TINY if args.tiny else Shape()

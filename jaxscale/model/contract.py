@@ -36,7 +36,7 @@ def contract(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _contract(equation: str, spec: Any, dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-    return _product(equation, a, b, spec).astype(dtype)
+    return _product(equation, a, b, spec, dtype)
 
 
 def _forward(equation, spec, dtype, a, b):  # type: ignore[no-untyped-def]
@@ -48,9 +48,9 @@ def _backward(equation, spec, dtype, operands, gradient):  # type: ignore[no-unt
     a, b = operands
     first, second, result = equation.replace("->", ",").split(",")
     gradient = gradient.astype(a.dtype)
-    of_a = _product(f"{result},{second}->{first}", gradient, b, _cotangent_spec(a))
-    of_b = _product(f"{first},{result}->{second}", a, gradient, _cotangent_spec(b))
-    return of_a.astype(a.dtype), of_b.astype(b.dtype)
+    of_a = _product(f"{result},{second}->{first}", gradient, b, _cotangent_spec(a), a.dtype)
+    of_b = _product(f"{first},{result}->{second}", a, gradient, _cotangent_spec(b), b.dtype)
+    return of_a, of_b
 
 
 _contract.defvjp(_forward, _backward)
@@ -64,11 +64,17 @@ def _cotangent_spec(x: jax.Array) -> PartitionSpec | None:
     return PartitionSpec(*spec.partitions, unreduced=spec.reduced)
 
 
-def _product(equation: str, a: jax.Array, b: jax.Array, spec: PartitionSpec | None) -> jax.Array:
-    """Return the einsum in float32."""
+def _product(
+    equation: str, a: jax.Array, b: jax.Array, spec: PartitionSpec | None, dtype: Any
+) -> jax.Array:
+    """Return the einsum in `dtype`.
+
+    The matrix units of TPUs and GPUs sum in float32 whatever the result's dtype. A result that is
+    asked for in float32 would also cross the network in it, where devices hold partial sums.
+    """
     if _is_on_cpu():
-        return _cpu_product(equation, a, b, spec)
-    return jnp.einsum(equation, a, b, out_sharding=spec, preferred_element_type=jnp.float32)
+        return _cpu_product(equation, a, b, spec).astype(dtype)
+    return jnp.einsum(equation, a, b, out_sharding=spec, preferred_element_type=dtype)
 
 
 def _is_on_cpu() -> bool:

@@ -96,7 +96,7 @@ def test_shards_of_a_mesh_compute_the_same(equation: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_every_product_is_of_bfloat16_and_summed_in_float32(
+def test_every_product_is_of_bfloat16_and_summed_in_float32_by_the_cpu(
     on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_is_on_cpu", lambda: on_cpu)
@@ -107,7 +107,9 @@ def test_every_product_is_of_bfloat16_and_summed_in_float32(
         products = [e for e in all_equations(traced.jaxpr) if e.primitive.name == "dot_general"]
         assert len(products) == 3
         assert {str(v.aval.dtype) for e in products for v in e.invars} == {"bfloat16"}
-        assert {str(v.aval.dtype) for e in products for v in e.outvars} == {"float32"}
+        # Elsewhere the matrix units do that by themselves, and partial sums travel in bfloat16.
+        found = {str(v.aval.dtype) for e in products for v in e.outvars}
+        assert found == {"float32" if on_cpu else "bfloat16"}
 
 
 def all_equations(jaxpr: Any) -> list[Any]:
