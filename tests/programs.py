@@ -29,6 +29,7 @@ from jaxscale.train.state import (
     init_params,
     init_state,
 )
+from jaxscale.train.step import compile_step
 
 # f32 sums in another order: each of the ~10 sums over some 100 terms between a weight and its
 # gradient may lose a few units in the last place, 1.2e-7 of the largest term. The figure is the
@@ -129,6 +130,19 @@ def batch_on(assembly: Assembly, seed: int) -> Batch:
         name: jax.device_put(value, assembly.batch_sharding)
         for name, value in host_batch(seed).items()
     }
+
+
+def train_steps(assembly: Assembly, count: int = 20) -> tuple[list[float], list[int]]:
+    """Return loss and batch hash of some steps over five batches, with one compiled program."""
+    state, step = first_state(assembly), compile_step(assembly)
+    losses, hashes = [], []
+    with jax.set_mesh(assembly.mesh):
+        for number in range(count):
+            state, metrics = step(state, batch_on(assembly, number % 5))
+            losses.append(float(metrics[records.LOSS]))
+            hashes.append(int(metrics[records.BATCH_HASH]))
+    assert int(state.step) == count
+    return losses, hashes
 
 
 def relative_errors(found: Any, expected: Any) -> dict[str, float]:

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxscale import records
 from jaxscale.train.state import Assembly, init_state, jit_init_params
-from jaxscale.train.step import compile_step, loss_and_gradients
+from jaxscale.train.step import loss_and_gradients
 from tests.programs import (
     GRADIENT_TOLERANCE_F32,
     LOSS_TOLERANCE_F32,
@@ -18,6 +17,7 @@ from tests.programs import (
     batch_on,
     first_state,
     relative_errors,
+    train_steps,
 )
 
 MESHES = [
@@ -122,27 +122,14 @@ def without_key_bias(result: tuple[float, Any]) -> tuple[float, Any]:
     return loss, {**gradients, "blocks": {**gradients["blocks"], "attention": attention}}
 
 
-def train_20_steps(assembly: Assembly) -> tuple[list[float], list[int]]:
-    """Return loss and batch hash of 20 steps over five batches, with one compiled program."""
-    state, step = first_state(assembly), compile_step(assembly)
-    losses, hashes = [], []
-    with jax.set_mesh(assembly.mesh):
-        for number in range(20):
-            state, metrics = step(state, batch_on(assembly, number % 5))
-            losses.append(float(metrics[records.LOSS]))
-            hashes.append(int(metrics[records.BATCH_HASH]))
-    assert int(state.step) == 20
-    return losses, hashes
-
-
 @functools.cache
 def trained_reference() -> tuple[list[float], list[int]]:
-    return train_20_steps(assemble_tiny())
+    return train_steps(assemble_tiny())
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=name_of)
 def test_20_training_steps_equal_one_device(mesh: dict[str, int]) -> None:
-    losses, hashes = train_20_steps(assemble_tiny(mesh=mesh))
+    losses, hashes = train_steps(assemble_tiny(mesh=mesh))
     expected, expected_hashes = trained_reference()
     assert expected[-1] < 0.8 * expected[0]
     np.testing.assert_allclose(losses, expected, rtol=GRADIENT_TOLERANCE_F32)
@@ -154,7 +141,7 @@ def test_zero_1_trains_like_one_device() -> None:
     assembly = assemble_tiny(mesh={"fsdp": 8}, rules={"embed": None})
     moments = jax.tree.leaves(init_state(assembly).optimizer)
     assert any("fsdp" in str(leaf.sharding.spec) for leaf in moments)
-    losses, _ = train_20_steps(assembly)
+    losses, _ = train_steps(assembly)
     np.testing.assert_allclose(losses, trained_reference()[0], rtol=GRADIENT_TOLERANCE_F32)
 
 
@@ -191,7 +178,7 @@ def skewed_gradients(assembly: Assembly) -> Any:
 
 
 def test_accumulation_of_4_times_2_equals_1_times_8() -> None:
-    parts = train_20_steps(assemble_tiny(train={"accumulation_steps": 4}))
+    parts = train_steps(assemble_tiny(train={"accumulation_steps": 4}))
     np.testing.assert_allclose(parts[0], trained_reference()[0], rtol=GRADIENT_TOLERANCE_F32)
 
 

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxscale import records
-from jaxscale.train.step import compile_step, loss_and_gradients
+from jaxscale.train.step import loss_and_gradients
 from tests.programs import (
     BATCH,
     GRADIENT_TOLERANCE_F32,
@@ -16,6 +15,7 @@ from tests.programs import (
     batch_on,
     first_state,
     relative_errors,
+    train_steps,
 )
 
 MESHES = [{"fsdp": 8}, pytest.param({"data": 8}, marks=pytest.mark.slow)]
@@ -71,13 +71,7 @@ def test_gradients_summed_in_bfloat16_err_by_its_roundings(mesh: dict[str, int])
 
 def losses(dtype: str) -> np.ndarray:
     assembly = assemble_tiny(mesh={"fsdp": 8}, train={"gradient_reduce_dtype": dtype})
-    state, step = first_state(assembly), compile_step(assembly)
-    found = []
-    with jax.set_mesh(assembly.mesh):
-        for number in range(40):
-            state, metrics = step(state, batch_on(assembly, number % 5))
-            found.append(float(metrics[records.LOSS]))
-    return np.array(found)
+    return np.array(train_steps(assembly, 40)[0])
 
 
 @pytest.mark.slow

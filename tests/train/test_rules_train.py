@@ -10,15 +10,13 @@ import pytest
 
 from jaxscale import records
 from jaxscale.train.loop import train
-from jaxscale.train.step import compile_step
 from tests.programs import (
     GRADIENT_TOLERANCE_F32,
     RUN_STEPS,
     assemble_tiny,
-    batch_on,
     final_params,
-    first_state,
     last_lines,
+    train_steps,
 )
 
 pytestmark = pytest.mark.slow
@@ -35,13 +33,7 @@ def losses(rule: str, mesh: dict[str, int]) -> list[float]:
     """Return the losses of 20 steps over five batches."""
     optimizer = {"name": rule, "learning_rate": RATES[rule]}
     assembly = assemble_tiny(mesh=mesh, optimizer=optimizer)
-    state, step = first_state(assembly), compile_step(assembly)
-    found = []
-    with jax.set_mesh(assembly.mesh):
-        for number in range(20):
-            state, metrics = step(state, batch_on(assembly, number % 5))
-            found.append(float(metrics[records.LOSS]))
-    return found
+    return train_steps(assembly)[0]
 
 
 @functools.cache
