@@ -9,7 +9,7 @@ its own with all cores; they take turns, a few steps each, so that what else the
 on all alike. Before anything counts, all start from the same weights and must give the same losses
 over the first steps: they compute one thing. Read the ratios; an absolute speed means little.
 
-All run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which docs/figures.md advises on a CPU.
+All run with the GLIBC_TUNABLES that docs/figures.md advises on a CPU: freed memory is kept.
 """
 
 import argparse
@@ -32,10 +32,19 @@ from jaxscale import records, runtime
 LAYERS, WIDTH, HEADS, HIDDEN, LENGTH, ROWS, VOCAB = 6, 384, 6, 1536, 256, 12, 256
 LEARNING_RATE, BETAS, EPSILON, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 DTYPES = ("float32", "bfloat16")
+TUNABLES = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in (
+        ("hugetlb", 1),
+        ("mmap_max", 0),
+        ("trim_threshold", 2**36),
+        ("arena_max", 1),
+    )
+)
 CONTENDERS = ("jaxscale", "torch eager", "torch compile")
 # Steps before anything counts, whose losses must agree: float32 differs by the order of sums, and
 # bfloat16 (8 bits) also by where it is rounded.
-WARMUP_STEPS = 3
+WARMUP_STEPS = 5
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
 
 Step = Callable[[], float]
@@ -108,6 +117,7 @@ def make_jaxscale(shape: Shape, dtype: str) -> Step:
                     norm="layernorm",
                     mlp="plain",
                     activation="gelu",
+                    attention="chunked",
                     positions="learned",
                     tie_embeddings=True,
                     compute_dtype=dtype,
@@ -349,7 +359,7 @@ def main() -> int:
     if importlib.util.find_spec("torch") is None:
         parser.error("PyTorch is missing; pip install --editable '.[bench]'")
     # Read when the contenders' processes start.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": TUNABLES}
     shape = TINY if args.tiny else Shape()
     rows = []
     for dtype in args.dtype or DTYPES:

@@ -63,6 +63,24 @@ MISTAKES = {
         ["--config.mesh.data=1", "--config.mesh.tensor=8", "--config.model.num_kv_heads=4"],
         "mesh.tensor=8 does not divide model.num_kv_heads=4",
     ),
+    "heads that all_to_all cannot part": (
+        [
+            "--config.mesh.data=1",
+            "--config.mesh.sequence=8",
+            "--config.model.num_heads=4",
+            "--config.model.sequence_attention=all_to_all",
+        ],
+        "mesh.sequence=8 does not divide the 4 heads of model.num_heads=4",
+    ),
+    "a length that no ring can part": (
+        [
+            "--config.mesh.data=1",
+            "--config.mesh.sequence=8",
+            "--config.data.length=24",
+            "--config.model.sequence_attention=ring",
+        ],
+        "twice mesh.sequence=8 does not divide data.length=24; take a multiple of 16",
+    ),
     "a batch that does not divide": (
         ["--config.train.global_batch_size=12"],
         "mesh.data=8 does not divide train.global_batch_size / train.accumulation_steps=12",

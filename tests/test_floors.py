@@ -27,8 +27,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "F2 model": (
         "model.contract model.attention.dense model.attention.chunked model.attention.flash "
-        "model.attention.ring model.attention.all_to_all model.cache model.layers model.decoder "
-        "model.loss model.cost",
+        "model.attention.ring model.attention.all_to_all model.attention.attend model.cache "
+        "model.layers model.decoder model.loss model.cost",
     ),
     "F3 services": (
         "data.workers data.python_stdlib data.documents data.storage data.files data.tfds_source "

@@ -56,6 +56,11 @@ def _backward(equation, spec, dtype, operands, gradient):  # type: ignore[no-unt
 _contract.defvjp(_forward, _backward)
 
 
+def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the einsum in float32, for code with a backward pass of its own."""
+    return _product(equation, a, b, None, jnp.float32)
+
+
 def _cotangent_spec(x: jax.Array) -> PartitionSpec | None:
     """Return the sharding of an array's gradient: a partial sum where the array is `reduced`."""
     if jax.sharding.get_abstract_mesh().empty:

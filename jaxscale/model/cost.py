@@ -25,8 +25,13 @@ def num_matmul_parameters(model: ModelConfig) -> int:
 
 
 def forward_flops_per_token(model: ModelConfig, length: int) -> float:
-    """Return 2 x matmul parameters + 2 x length x heads x head_dim x layers, in FLOPs."""
-    attention = 2.0 * length * model.num_heads * model.head_dim * model.num_layers
+    """Return 2 x matmul parameters + 4 x keys seen x heads x head_dim x layers, in FLOPs.
+
+    A token sees length / 2 keys on average, and fewer where `attention_window` is shorter.
+    """
+    window = min(model.attention_window or length, length)
+    seen = window - window**2 / (2 * length)
+    attention = 4.0 * seen * model.num_heads * model.head_dim * model.num_layers
     return 2.0 * num_matmul_parameters(model) + attention
 
 

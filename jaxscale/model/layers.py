@@ -15,7 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.config import ModelConfig
-from jaxscale.model.attention.dense import Span, dense_attention, visible
+from jaxscale.model.attention.attend import attend, attend_to_cache
+from jaxscale.model.attention.dense import Operands, Span
 from jaxscale.model.cache import Cache, write
 from jaxscale.model.contract import contract
 from jaxscale.parallel.sharding import Axis, Rules
@@ -163,13 +164,12 @@ class Attention(nnx.Module):
         k_BLKH = checkpoint_name(k_BLKH, "key")
         v_BLKH = checkpoint_name(v_BLKH, "value")
         if cache is None:
-            out_BLNH = self._attend(q_BLNH, k_BLKH, v_BLKH, span)
+            out_BLNH = attend(Operands(q_BLNH, k_BLKH, v_BLKH, span, span), model, rules)
         else:
             cache = write(cache, k_BLKH, v_BLKH, span.positions_BL[:, 0])
-            slots_1S = jnp.arange(cache.keys.shape[1])[None, :]
-            mask_BLS = visible(span, Span(slots_1S))
-            out_BLNH = dense_attention(q_BLNH, cache.keys, cache.values, mask_BLS, rules=rules)
-        out_BLNH = checkpoint_name(out_BLNH, "context")
+            slots_BS = jnp.broadcast_to(jnp.arange(cache.keys.shape[1]), cache.keys.shape[:2])
+            x = Operands(q_BLNH, cache.keys, cache.values, span, Span(slots_BS))
+            out_BLNH = attend_to_cache(x, model, rules)
         out_BLD = contract(
             "blnh,nhd->bld",
             out_BLNH,
@@ -190,16 +190,6 @@ class Attention(nnx.Module):
             spec=self.rules.spec("batch", "length", heads, head_dim),
         )
         return _biased(out_BLNH, bias)
-
-    def _attend(
-        self, q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, span: Span
-    ) -> jax.Array:
-        """Attend within the batch's own tokens: keys and values are gathered along the length."""
-        rules = self.rules
-        k_BSKH = rules.place(k_BLKH, "batch", None, "kv_heads", "head_dim")
-        v_BSKH = rules.place(v_BLKH, "batch", None, "kv_heads", "head_dim")
-        keys = jax.tree.map(lambda x: rules.place(x, "batch", None), span)
-        return dense_attention(q_BLNH, k_BSKH, v_BSKH, visible(span, keys), rules=rules)
 
 
 class MLP(nnx.Module):

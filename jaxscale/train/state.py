@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxscale.config import Config, ConfigError
+from jaxscale.model.attention.attend import check_attention
 from jaxscale.model.decoder import Definition, Params, check_mesh, define
 from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
 from jaxscale.parallel.mesh import STAGE_AXIS, make_mesh
@@ -95,6 +96,7 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
             "residual_length": (config.data.length, "data.length"),
         },
     )
+    check_attention(config.model, rules, mesh, config.data.length)
     definition = define(config.model, rules)
     optimizer = make_optimizer(config.optimizer, definition.axes)
     return Assembly(config, mesh, definition, optimizer, make_schedule(config.optimizer))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxscale import records
+from jaxscale.model.attention.attend import in_token_order
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.decoder import Definition, Params
 from jaxscale.model.loss import loss_sum
@@ -36,10 +37,11 @@ def batch_loss(
     definition: Definition, params: Params, batch: Batch, *, chunk_tokens: int
 ) -> jax.Array:
     """Return the weighted sum of the batch's token losses, a float32 scalar in nats."""
-    decoder = definition.bind(params)
-    spec = definition.rules.spec("batch", "length")
+    decoder, rules = definition.bind(params), definition.rules
+    spec = rules.spec("batch", "length")
     positions_BL = jax.lax.broadcasted_iota(jnp.int32, batch["tokens"].shape, 1, out_sharding=spec)
-    x_BLD, _ = decoder(batch["tokens"], Span(positions_BL, batch["segments"]))
+    batch = in_token_order({**batch, "positions": positions_BL}, definition.model, rules)
+    x_BLD, _ = decoder(batch["tokens"], Span(batch["positions"], batch["segments"]))
     return loss_sum(decoder, x_BLD, batch["targets"], batch["weights"], chunk_tokens=chunk_tokens)
 
 

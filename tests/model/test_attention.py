@@ -1,34 +1,92 @@
-"""Dense attention against plain numpy, one query at a time."""
+"""Attention against plain numpy, one query at a time, and every kind against the dense one."""
 
+import functools
+from collections.abc import Callable
+
+import jax
 import numpy as np
 import pytest
 
-from jaxscale.config import RulesConfig
-from jaxscale.model.attention.dense import Span, dense_attention, visible
-from jaxscale.parallel.sharding import Rules
+from jaxscale.model.attention.attend import ALGORITHMS
+from jaxscale.model.attention.chunked import block_size, chunked_attention
+from jaxscale.model.attention.dense import Operands, Span, dense_attention
+from jaxscale.model.attention.ring import zigzag_order
+from tests.programs import GRADIENT_TOLERANCE_F32, relative_errors
 
-B, L, N, K, H = 2, 6, 4, 2, 8
+B, N, K, H = 2, 4, 2, 8
 
 
-def by_hand(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray) -> np.ndarray:
+def draw(length: int, documents: int) -> Operands:
+    random = np.random.default_rng(0)
+    q = random.normal(size=(B, length, N, H)).astype(np.float32)
+    k, v = random.normal(size=(2, B, length, K, H)).astype(np.float32)
+    segments = np.sort(random.integers(0, documents, (B, length)), axis=1)
+    span = Span(np.broadcast_to(np.arange(length), (B, length)), segments)
+    return Operands(q, k, v, span, span)
+
+
+def by_hand(x: Operands, window: int) -> np.ndarray:
+    q, k, v, segments = x.q_BLNH, x.k_BSKH, x.v_BSKH, x.queries.segments_BL
     out = np.zeros_like(q)
-    for b in range(B):
-        for n in range(N):
-            for i in range(L):
-                seen = [j for j in range(i + 1) if segments[b, i] == segments[b, j]]
-                scores = np.array([q[b, i, n] @ k[b, j, n * K // N] for j in seen]) / np.sqrt(H)
-                weights = np.exp(scores - scores.max())
-                values = v[b, seen, n * K // N]
-                out[b, i, n] = (weights / weights.sum()) @ values
+    for b, i, n in np.ndindex(q.shape[:3]):
+        oldest = max(0, i - window + 1) if window else 0
+        seen = [j for j in range(oldest, i + 1) if segments[b, i] == segments[b, j]]
+        scores = np.array([q[b, i, n] @ k[b, j, n * K // N] for j in seen]) / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        values = v[b, seen, n * K // N]
+        out[b, i, n] = (weights / weights.sum()) @ values
     return out
 
 
+@pytest.mark.parametrize("window", [0, 1, 3])
 @pytest.mark.parametrize("documents", [1, 3])
-def test_dense_attention_equals_the_definition(documents: int) -> None:
-    random = np.random.default_rng(0)
-    q = random.normal(size=(B, L, N, H)).astype(np.float32)
-    k, v = random.normal(size=(2, B, L, K, H)).astype(np.float32)
-    segments = np.sort(random.integers(0, documents, (B, L)), axis=1)
-    span = Span(np.broadcast_to(np.arange(L), (B, L)), segments)
-    out = dense_attention(q, k, v, visible(span, span), rules=Rules.make(RulesConfig()))
-    np.testing.assert_allclose(out, by_hand(q, k, v, segments), rtol=2e-5, atol=2e-6)
+@pytest.mark.parametrize("kind", ALGORITHMS)
+def test_attention_equals_the_definition(kind: str, documents: int, window: int) -> None:
+    x = draw(12, documents)
+    out = ALGORITHMS[kind](x, window)
+    np.testing.assert_allclose(out, by_hand(x, window), rtol=2e-5, atol=2e-6)
+
+
+def with_gradients(attend: Callable[..., jax.Array], x: Operands, window: int) -> list[jax.Array]:
+    """Return the output, and gradients of queries, keys and values for a random cotangent."""
+    cotangent = np.random.default_rng(1).normal(size=x.q_BLNH.shape).astype(np.float32)
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
+        attend_to = functools.partial(attend, window=window)
+        out, transpose = jax.vjp(
+            lambda q, k, v: attend_to(x._replace(q_BLNH=q, k_BSKH=k, v_BSKH=v)), q, k, v
+        )
+        return [out, *transpose(cotangent)]
+
+    return run(x.q_BLNH, x.k_BSKH, x.v_BSKH)
+
+
+@pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize("documents", [1, 4])
+# Pairs written out, of one token and of more; a prime, so blocks of one token; pairs in a loop.
+@pytest.mark.parametrize("length", [5, 64, 13, 78])
+def test_chunked_equals_dense(length: int, documents: int, window: int) -> None:
+    x = draw(length, documents)
+    found = with_gradients(chunked_attention, x, window)
+    expected = with_gradients(dense_attention, x, window)
+    assert max(relative_errors(found, expected).values()) < GRADIENT_TOLERANCE_F32
+
+
+def test_blocks_divide_the_length() -> None:
+    sizes = {1: 1, 4: 1, 13: 1, 64: 16, 256: 64, 4096: 512, 1 << 15: 512}
+    assert {length: block_size(length) for length in sizes} == sizes
+
+
+def test_hidden_pairs_of_blocks_cost_nothing() -> None:
+    def flops(window: int) -> float:
+        x = draw(64, 1)
+        program = jax.jit(functools.partial(chunked_attention, window=window))
+        return float(program.lower(x).compile().cost_analysis()["flops"])
+
+    # Blocks of 16: ten of the sixteen pairs are causal; seven of them reach into the window.
+    assert flops(16) == pytest.approx(flops(0) * 7 / 10, rel=0.05)
+
+
+def test_zigzag_order_gives_each_part_an_early_and_a_late_chunk() -> None:
+    assert zigzag_order(16, 4).tolist() == [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]

@@ -1,9 +1,16 @@
 """Model FLOPs against numbers worked out by hand from the published shapes."""
 
+import dataclasses
+
 import pytest
 
 from jaxscale import config_source
-from jaxscale.model.cost import num_matmul_parameters, train_flops_per_token
+from jaxscale.config import ModelConfig
+from jaxscale.model.cost import (
+    forward_flops_per_token,
+    num_matmul_parameters,
+    train_flops_per_token,
+)
 from jaxscale.resolve import resolve
 from tests.conftest import ROOT
 
@@ -21,3 +28,16 @@ def test_flops_follow_the_formula(name: str) -> None:
     model = resolve(config_source.load(f"{ROOT}/configs/lm.py:{name}")).model
     assert num_matmul_parameters(model) == parameters
     assert train_flops_per_token(model, length) == flops
+
+
+def test_a_window_cuts_the_keys_that_are_seen() -> None:
+    model = ModelConfig(num_kv_heads=8, head_dim=16, vocab_size=256)
+
+    def attention(window: int, length: int) -> float:
+        windowed = dataclasses.replace(model, attention_window=window)
+        rest = 2 * num_matmul_parameters(model)
+        return (forward_flops_per_token(windowed, length) - rest) / (4 * 8 * 16 * 8)
+
+    # Tokens 0 to 7 see 1, 2, 3, 3, ... keys; the formula has half a key less on the diagonal.
+    assert attention(3, 8) == pytest.approx(3 - 9 / 16)
+    assert attention(8, 8) == attention(0, 8) == attention(100, 8) == 4.0

@@ -62,6 +62,24 @@ PROGRAMS: dict[str, dict[str, Any]] = {
 }
 
 
+# Attention algorithm, way across the sequence axis, mesh, remat, window.
+ATTENTIONS = [
+    ("chunked", "all_gather", {"data": 8}, "none", 0),
+    ("chunked", "all_gather", {"fsdp": 2, "tensor": 4}, "names", 5),
+    ("chunked", "all_gather", {"data": 2, "sequence": 4}, "full", 0),
+    ("chunked", "all_gather", {"sequence": 2, "tensor": 4}, "dots", 5),
+    ("dense", "all_to_all", {"sequence": 8}, "full", 0),
+    ("dense", "all_to_all", {"fsdp": 2, "sequence": 2, "tensor": 2}, "names", 0),
+    ("chunked", "all_to_all", {"data": 2, "sequence": 4}, "none", 5),
+    ("chunked", "all_to_all", {"sequence": 4, "tensor": 2}, "dots", 0),
+    ("dense", "ring", {"sequence": 8}, "none", 0),
+    ("dense", "ring", {"fsdp": 4, "sequence": 2}, "dots", 5),
+    ("chunked", "ring", {"data": 2, "sequence": 4}, "names", 0),
+    ("chunked", "ring", {"sequence": 2, "tensor": 4}, "full", 5),
+    ("chunked", "ring", {"data": 2, "sequence": 2, "tensor": 2}, "none", 0),
+]
+
+
 def name_of(mesh: dict[str, int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in mesh.items())
 
@@ -100,6 +118,20 @@ def test_every_way_to_run_it_equals_the_plain_one(name: str) -> None:
         first_gradients(assemble_tiny(model=plain)) if plain["num_layers"] > 2 else reference()
     )
     check_first_gradients(first_gradients(assemble_tiny(**program)), expected)
+
+
+@pytest.mark.parametrize(("kind", "crossing", "mesh", "remat", "window"), ATTENTIONS, ids=str)
+def test_every_attention_equals_the_dense_one(
+    kind: str, crossing: str, mesh: dict[str, int], remat: str, window: int
+) -> None:
+    model = {"attention": kind, "sequence_attention": crossing, "remat": remat}
+    assembly = assemble_tiny(mesh=mesh, model={**model, "attention_window": window})
+    check_first_gradients(first_gradients(assembly), windowed_reference(window))
+
+
+@functools.cache
+def windowed_reference(window: int) -> tuple[float, Any]:
+    return first_gradients(assemble_tiny(model={"attention_window": window}))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
