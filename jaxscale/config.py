@@ -138,7 +138,7 @@ class RulesConfig:
     heads: str | None = knob("tensor", "query heads")
     kv_heads: str | None = knob("tensor", "key/value heads")
     hidden: str | None = knob("tensor", "features inside the MLP")
-    vocab: str | None = knob("tensor", "vocabulary of embedding and head")
+    vocab: str | None = knob("tensor,stage", "vocabulary of embedding and head")
     embed: str | None = knob("fsdp", "width dimension of parameters")
     optimizer_embed: str | None = knob("fsdp", "width dimension of optimizer state")
     layers: str | None = knob("stage", "stacked blocks")

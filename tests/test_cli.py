@@ -93,7 +93,10 @@ MISTAKES = {
         "model.vocab_size=128",
     ),
     "a missing tokenizer": (["--config.data.tokenizer=/nothing.json"], "data.tokenizer=/nothing"),
-    "a stage axis": (["--config.mesh.data=4", "--config.mesh.stage=2"], "mesh.stage=2"),
+    "layers that stages do not divide": (
+        ["--config.mesh.data=1", "--config.mesh.stage=8", "--config.model.num_layers=4"],
+        "mesh.stage=8 does not divide model.num_layers=4",
+    ),
     "an override without a value": (["--config.train.steps"], "--config.train.steps has no value"),
     "wrong devices": (["--devices=gpu:2"], "--devices=gpu:2 is not of the form cpu:N"),
     "a remote workdir": (

@@ -8,18 +8,20 @@ function.
 # B batch, L query length, D width, V vocab
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.config import ModelConfig
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.cache import Cache
 from jaxscale.model.contract import contract
 from jaxscale.model.layers import MLP, Attention, Norm, gathered, looked_up, matrix
+from jaxscale.parallel.pipeline import pipelined
 from jaxscale.parallel.sharding import Axis, Rules, check_divides, map_axes
 
 Params = dict[str, Any]
@@ -71,9 +73,21 @@ class Decoder(nnx.Module):
         return nnx.split(Block(self.model, self.rules, nnx.Rngs(params=key)))[1]
 
     def __call__(
-        self, tokens_BL: jax.Array, span: Span, cache: Cache | None = None
+        self,
+        tokens_BL: jax.Array,
+        span: Span,
+        cache: Cache | None = None,
+        *,
+        num_microbatches: int = 1,
     ) -> tuple[jax.Array, Cache | None]:
-        """Return the normalised last hidden states, (B, L, D), and the cache with these tokens."""
+        """Return the normalised last hidden states, (B, L, D), and the cache with these tokens.
+
+        Args:
+          tokens_BL: int32 ids.
+          span: where they stand.
+          cache: keys and values of earlier tokens.
+          num_microbatches: parts in which the batch passes through the stages, if there are any.
+        """
         model, rules = self.model, self.rules
         dtype = jnp.dtype(model.compute_dtype)
         x_BLD = looked_up(self.embedding, tokens_BL, rules, dtype)
@@ -82,20 +96,45 @@ class Decoder(nnx.Module):
         x_BLD = rules.place(x_BLD, "batch", "residual_length", "width")
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(model, rules, nnx.Rngs(0))))
 
-        def run_block(x_BLD: jax.Array, layer: Any) -> tuple[jax.Array, Cache | None]:
+        def run_block(span: Span, x_BLD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             weights, layer_cache = layer
             return nnx.merge(graphdef, weights)(x_BLD, span, layer_cache)
 
         run_block = self._rematerialised(run_block)
-        if cache is None and model.scan_unroll >= model.num_layers:
-            # Written out, and not by scan, which would stack what the backward pass needs.
-            for weights in _unstacked(self.blocks, model.num_layers):
-                x_BLD, _ = run_block(x_BLD, (weights, None))
-        else:
+        if cache is not None:
+            layers = (self._on_every_stage(), cache)
             x_BLD, cache = jax.lax.scan(
-                run_block, x_BLD, (self.blocks, cache), unroll=model.scan_unroll
+                functools.partial(run_block, span), x_BLD, layers, unroll=model.scan_unroll
             )
+        elif rules.mesh_axes("layers"):
+            x_BLD = pipelined(
+                functools.partial(self._run_blocks, run_block),
+                self.blocks,
+                x_BLD,
+                span,
+                num_microbatches=num_microbatches,
+                rules=rules,
+            )
+        else:
+            x_BLD = self._run_blocks(run_block, self.blocks, x_BLD, span)
         return self.norm(x_BLD), cache
+
+    def _run_blocks(self, run_block: Any, blocks: Any, x_BLD: jax.Array, span: Span) -> jax.Array:
+        """Run stacked blocks, all of the decoder's or those of a stage, one after the other."""
+        count = jax.tree.leaves(blocks)[0].shape[0]
+        if self.model.scan_unroll < count:
+            run = functools.partial(run_block, span)
+            return jax.lax.scan(run, x_BLD, (blocks, None), unroll=self.model.scan_unroll)[0]
+        # Written out, and not by scan, which would stack what the backward pass needs.
+        for weights in _unstacked(blocks, count):
+            x_BLD, _ = run_block(span, x_BLD, (weights, None))
+        return x_BLD
+
+    def _on_every_stage(self) -> Any:
+        """Return the blocks' parameters whole along the stages, as generating text needs them."""
+        if not self.rules.mesh_axes("layers"):
+            return self.blocks
+        return jax.tree.map(_whole_layers, self.blocks)
 
     def _rematerialised(self, run_block: Any) -> Any:
         """Wrap a block so that the backward pass recomputes what `model.remat` does not keep."""
@@ -139,6 +178,11 @@ def _keep_all_but_gathered(primitive: Any, *operands: Any, **_: Any) -> bool:
     """Keep every activation, but gather weights anew: kept, they would undo FSDP's sharding."""
     of_gathered = any(operand.sharding.spec.reduced for operand in operands)
     return primitive.name == "dot_general" or not (of_gathered or primitive.name == "reshard")
+
+
+def _whole_layers(stack: jax.Array) -> jax.Array:
+    _, *rest = jax.typeof(stack).sharding.spec
+    return jax.reshard(stack, PartitionSpec(None, *rest))
 
 
 def _unstacked(blocks: Any, count: int) -> list[Any]:

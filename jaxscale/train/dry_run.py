@@ -20,6 +20,8 @@ from rich.text import Text
 
 from jaxscale.config import Config
 from jaxscale.model.cost import num_parameters, train_flops_per_token
+from jaxscale.parallel.mesh import STAGE_AXIS
+from jaxscale.parallel.pipeline import bubble_words
 from jaxscale.train.state import abstract_batch, abstract_state, assemble
 from jaxscale.train.step import compile_step, program_bytes
 
@@ -61,6 +63,7 @@ class DryRun:
       batch_bytes: one global batch.
       step_bytes: what the compiled step needs: state, batch, results and temporaries.
       device_bytes: memory there is; on CPUs an equal share of the host's.
+      pipeline: stages, microbatches and bubble in words; empty without a pipeline.
       tokens_per_step: over all devices.
       model_flops_per_step: over all devices; docs/design.md has the formula.
       compile_seconds: time the compiler took, or the compile cache.
@@ -75,6 +78,7 @@ class DryRun:
     batch_bytes: int
     step_bytes: int | None
     device_bytes: int
+    pipeline: str
     tokens_per_step: int
     model_flops_per_step: float
     compile_seconds: float
@@ -97,6 +101,7 @@ def dry_run(config: Config) -> DryRun:
     program = compile_step(assembly)
     seconds = time.perf_counter() - start
     tokens = config.train.global_batch_size * config.data.length
+    parts = config.train.accumulation_steps
     return DryRun(
         mesh=dict(assembly.mesh.shape),
         device_kind=assembly.mesh.devices.flat[0].device_kind,
@@ -107,6 +112,7 @@ def dry_run(config: Config) -> DryRun:
         batch_bytes=bytes_on_device(abstract_batch(assembly)),
         step_bytes=program_bytes(program),
         device_bytes=memory_of_device(assembly.mesh),
+        pipeline=bubble_words(assembly.mesh.shape[STAGE_AXIS], parts) or "",
         tokens_per_step=tokens,
         model_flops_per_step=tokens * train_flops_per_token(config.model, config.data.length),
         compile_seconds=seconds,
@@ -164,6 +170,8 @@ def _totals(result: DryRun) -> Iterator[tuple[str, str]]:
     sizes = " ".join(f"{axis}={size}" for axis, size in result.mesh.items() if size > 1)
     dtypes = ", ".join(sorted({row.dtype for row in result.parameters}))
     yield "mesh", f"{sizes or 'one device'}, {result.device_kind}"
+    if result.pipeline:
+        yield "pipeline", result.pipeline
     yield "parameters", f"{result.num_parameters:,} in {dtypes}"
     yield "parameters per device", _bytes(result.params_bytes)
     yield "optimizer state per device", _bytes(result.optimizer_bytes)

@@ -13,7 +13,7 @@ from jaxscale.data.loader import Loader
 from jaxscale.metrics import perplexity
 from jaxscale.model.decoder import Params
 from jaxscale.train.state import Assembly, Batch
-from jaxscale.train.step import batch_loss, microbatches
+from jaxscale.train.step import microbatches, part_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,11 @@ def compile_evaluation(assembly: Assembly) -> Callable[[Params, Batch], Any]:
 
     It works a batch off in the parts that training does, and so fits where training fits.
     """
-    chunk = assembly.config.train.loss_chunk_tokens
 
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def total(part: Batch) -> jax.Array:
-            return batch_loss(assembly.definition, params, part, chunk_tokens=chunk)
+            return part_loss(assembly, params, part)
 
         totals = jax.lax.map(total, microbatches(assembly, batch))
         return jnp.sum(totals), jnp.sum(batch["weights"])

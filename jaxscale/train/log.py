@@ -17,6 +17,8 @@ from jaxscale.goodput import Goodput
 from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops, perplexity
 from jaxscale.model.cost import num_parameters, train_flops_per_token
 from jaxscale.optimizer import schedule_warning, unused_warning
+from jaxscale.parallel.mesh import STAGE_AXIS
+from jaxscale.parallel.pipeline import bubble_words
 from jaxscale.train.evaluate import Evaluation
 from jaxscale.train.start import Run
 from jaxscale.train.step import program_bytes
@@ -70,9 +72,11 @@ class StepLog:
         )
         if not len(loader.validation_windows):
             self.note("no evaluation: no window of data.length tokens is held apart")
+        num_stages = self.run.assembly.mesh.shape[STAGE_AXIS]
         for warning in (
             schedule_warning(config.optimizer, config.train.steps),
             unused_warning(config.optimizer),
+            bubble_words(num_stages, config.train.accumulation_steps),
         ):
             if warning:
                 self.note(warning)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxscale.config import Config, ConfigError
+from jaxscale.config import Config
 from jaxscale.model.attention.attend import check_attention
 from jaxscale.model.decoder import Definition, Params, check_mesh, define
 from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
-from jaxscale.parallel.mesh import STAGE_AXIS, make_mesh
+from jaxscale.parallel.mesh import make_mesh
 from jaxscale.parallel.sharding import Rules, check_divides, map_axes
 from jaxscale.train.loss_scale import LossScale, first_loss_scale
 
@@ -82,9 +82,6 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
     """
     mesh = make_mesh(config.mesh, devices)
     rules = Rules.make(config.rules, reduce_dtype=config.train.gradient_reduce_dtype)
-    if mesh.shape[STAGE_AXIS] > 1:
-        stages = mesh.shape[STAGE_AXIS]
-        raise ConfigError(f"mesh.{STAGE_AXIS}={stages}: pipelines do not train yet; set it to 1")
     check_mesh(config.model, rules, mesh)
     rows = config.train.global_batch_size // config.train.accumulation_steps
     check_divides(

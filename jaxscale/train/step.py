@@ -17,6 +17,8 @@ from jaxscale.model.attention.attend import in_token_order
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.decoder import Definition, Params
 from jaxscale.model.loss import loss_sum
+from jaxscale.parallel.mesh import STAGE_AXIS
+from jaxscale.parallel.pipeline import cut_rows
 from jaxscale.parallel.sharding import Rules
 from jaxscale.train.loss_scale import adjusted, can_fall, loss_factor
 from jaxscale.train.state import (
@@ -34,15 +36,41 @@ Metrics = dict[str, jax.Array]
 
 
 def batch_loss(
-    definition: Definition, params: Params, batch: Batch, *, chunk_tokens: int
+    definition: Definition,
+    params: Params,
+    batch: Batch,
+    *,
+    chunk_tokens: int,
+    num_microbatches: int = 1,
 ) -> jax.Array:
-    """Return the weighted sum of the batch's token losses, a float32 scalar in nats."""
+    """Return the weighted sum of the batch's token losses, a float32 scalar in nats.
+
+    Args:
+      definition: the decoder.
+      params: its parameters.
+      batch: the batch.
+      chunk_tokens: tokens per device whose logits exist at once; 0 = all.
+      num_microbatches: parts in which the batch passes through the stages, if there are any.
+    """
     decoder, rules = definition.bind(params), definition.rules
     spec = rules.spec("batch", "length")
     positions_BL = jax.lax.broadcasted_iota(jnp.int32, batch["tokens"].shape, 1, out_sharding=spec)
     batch = in_token_order({**batch, "positions": positions_BL}, definition.model, rules)
-    x_BLD, _ = decoder(batch["tokens"], Span(batch["positions"], batch["segments"]))
+    span = Span(batch["positions"], batch["segments"])
+    x_BLD, _ = decoder(batch["tokens"], span, num_microbatches=num_microbatches)
     return loss_sum(decoder, x_BLD, batch["targets"], batch["weights"], chunk_tokens=chunk_tokens)
+
+
+def part_loss(assembly: Assembly, params: Params, batch: Batch) -> jax.Array:
+    """Return `batch_loss` as the config has it worked off."""
+    train = assembly.config.train
+    return batch_loss(
+        assembly.definition,
+        params,
+        batch,
+        chunk_tokens=train.loss_chunk_tokens,
+        num_microbatches=train.accumulation_steps,
+    )
 
 
 def loss_and_gradients(
@@ -50,7 +78,8 @@ def loss_and_gradients(
 ) -> tuple[jax.Array, Params]:
     """Return the mean loss per weighted token, and its gradients in the parameters' shardings.
 
-    With `train.accumulation_steps`, the batch is worked off in as many parts, one after the other.
+    With `train.accumulation_steps`, the batch is worked off in as many parts, one after the other,
+    or passes in as many through the stages of a pipeline.
 
     Args:
       assembly: the training program.
@@ -69,15 +98,13 @@ def _scaled(
     assembly: Assembly, params: Params, batch: Batch, factor: jax.Array | None
 ) -> tuple[jax.Array, Params]:
     """Return loss and gradients multiplied by the factor."""
-    train, definition = assembly.config.train, assembly.definition
     count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     count = count if factor is None else count / factor
 
     def mean_loss(params: Params, batch: Batch) -> jax.Array:
-        total = batch_loss(definition, params, batch, chunk_tokens=train.loss_chunk_tokens)
-        return total / count
+        return part_loss(assembly, params, batch) / count
 
-    if train.accumulation_steps == 1:
+    if num_parts(assembly) == 1:
         return jax.value_and_grad(mean_loss)(params, batch)
 
     def add_part(sums: tuple[jax.Array, Params], part: Batch) -> tuple[Any, None]:
@@ -87,18 +114,16 @@ def _scaled(
     return jax.lax.scan(add_part, (jnp.float32(0), zeros), microbatches(assembly, batch))[0]
 
 
+def num_parts(assembly: Assembly) -> int:
+    """Return in how many parts a batch is worked off one after the other; 1 with a pipeline."""
+    in_stages = assembly.mesh.shape[STAGE_AXIS] > 1
+    return 1 if in_stages else assembly.config.train.accumulation_steps
+
+
 def microbatches(assembly: Assembly, batch: Batch) -> Batch:
-    """Return the batch's arrays as (A, B/A, L): one part for each accumulation step."""
-    parts = assembly.config.train.accumulation_steps
-    return {name: _cut_rows(a_BL, parts, assembly.rules) for name, a_BL in batch.items()}
-
-
-def _cut_rows(a_BL: jax.Array, parts: int, rules: Rules) -> jax.Array:
-    """Cut (B, L) into (A, B/A, L): every A-th row, so that no row changes its device."""
-    B, L = a_BL.shape
-    spec = rules.spec("batch", None, "length")
-    a_BAL = jax.lax.reshape(a_BL, (B // parts, parts, L), out_sharding=spec)
-    return jnp.moveaxis(a_BAL, 1, 0)
+    """Return the batch's arrays as (A, B/A, L): what is worked off one after the other."""
+    cut = functools.partial(cut_rows, parts=num_parts(assembly), rules=assembly.rules)
+    return {name: cut(a_BL, axes=("batch", "length")) for name, a_BL in batch.items()}
 
 
 def batch_hash(batch: Batch, rules: Rules) -> jax.Array:

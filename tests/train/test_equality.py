@@ -35,6 +35,19 @@ MESHES = [
     {"data": 2, "sequence": 2, "tensor": 2},
     {"fsdp": 2, "sequence": 2, "tensor": 2},
 ]
+# The same with a pipeline, and the microbatches in it.
+STAGES = [
+    ({"stage": 2}, 1),
+    ({"stage": 4}, 8),
+    ({"stage": 2, "data": 4}, 2),
+    ({"stage": 4, "data": 2}, 2),
+    ({"stage": 2, "fsdp": 4}, 2),
+    ({"stage": 2, "sequence": 4}, 4),
+    ({"stage": 2, "tensor": 4}, 8),
+    ({"stage": 2, "sequence": 2, "tensor": 2}, 4),
+    ({"stage": 2, "fsdp": 2, "tensor": 2}, 4),
+    ({"stage": 2, "data": 2, "num_slices": 2}, 2),
+]
 PROGRAMS: dict[str, dict[str, Any]] = {
     "residual region along sequence and tensor": {
         "mesh": {"sequence": 2, "tensor": 4},
@@ -54,6 +67,31 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "layers unrolled": {
         "mesh": {"data": 2, "fsdp": 2},
         "model": {"remat": "none", "scan_unroll": 2},
+    },
+    "pipeline, remat none, layers unrolled": {
+        "mesh": {"stage": 2, "fsdp": 2},
+        "model": {"remat": "none", "scan_unroll": 4, "num_layers": 4},
+        "train": {"accumulation_steps": 2},
+    },
+    "pipeline, remat names, ring": {
+        "mesh": {"stage": 2, "sequence": 2, "tensor": 2},
+        "model": {"remat": "names", "sequence_attention": "ring"},
+        "train": {"accumulation_steps": 4},
+    },
+    "pipeline, all_to_all": {
+        "mesh": {"stage": 2, "data": 2, "sequence": 2},
+        "model": {"sequence_attention": "all_to_all", "attention": "chunked"},
+        "train": {"accumulation_steps": 2},
+    },
+    "pipeline, remat dots, chunked, loss in chunks": {
+        "mesh": {"stage": 2, "data": 2, "tensor": 2},
+        "model": {"remat": "dots", "attention": "chunked"},
+        "train": {"accumulation_steps": 4, "loss_chunk_tokens": 8},
+    },
+    "pipeline, vocabulary on every stage": {
+        "mesh": {"stage": 2, "tensor": 2},
+        "rules": {"vocab": "tensor"},
+        "train": {"accumulation_steps": 2},
     },
     "layers unrolled in parts": {
         "mesh": {"data": 2, "fsdp": 2},
@@ -108,6 +146,18 @@ def check_first_gradients(found: tuple[float, Any], expected: tuple[float, Any])
 @pytest.mark.parametrize("mesh", MESHES, ids=name_of)
 def test_loss_and_every_gradient_equal_one_device(mesh: dict[str, int]) -> None:
     check_first_gradients(first_gradients(assemble_tiny(mesh=mesh)), reference())
+
+
+@pytest.mark.parametrize(("mesh", "parts"), STAGES, ids=str)
+def test_a_pipeline_equals_one_device(mesh: dict[str, int], parts: int) -> None:
+    model, train = {"num_layers": 4}, {"accumulation_steps": parts}
+    found = first_gradients(assemble_tiny(mesh=mesh, model=model, train=train))
+    check_first_gradients(found, four_layers_reference())
+
+
+@functools.cache
+def four_layers_reference() -> tuple[float, Any]:
+    return first_gradients(assemble_tiny(model={"num_layers": 4}))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -19,7 +19,7 @@ from jaxscale.model.attention.all_to_all import by_heads
 from jaxscale.model.attention.chunked import chunked_attention
 from jaxscale.model.attention.dense import Operands, dense_attention
 from jaxscale.model.attention.ring import ring_attention, zigzag_order
-from jaxscale.parallel.sharding import Rules
+from jaxscale.parallel.sharding import Axis, Rules
 
 Axes = tuple[str, ...]
 
@@ -31,7 +31,8 @@ def attend(x: Operands, model: ModelConfig, rules: Rules) -> jax.Array:
     """
     axes = rules.mesh_axes("length")
     crossing = CROSSINGS[model.sequence_attention] if axes else _within
-    return _on_each_device(functools.partial(crossing, model=model, axes=axes), x, rules)
+    local = functools.partial(crossing, model=model, axes=axes)
+    return _on_each_device(local, x, rules, keys=None if crossing is _all_gather else "length")
 
 
 def in_token_order(values: Any, model: ModelConfig, rules: Rules) -> Any:
@@ -53,7 +54,7 @@ def attend_to_cache(x: Operands, model: ModelConfig, rules: Rules) -> jax.Array:
     The rules must not shard the length.
     """
     local = functools.partial(dense_attention, window=model.attention_window)
-    return _on_each_device(local, x, rules)
+    return _on_each_device(local, x, rules, keys=None)
 
 
 def check_attention(model: ModelConfig, rules: Rules, mesh: Mesh, length: int) -> None:
@@ -78,27 +79,44 @@ def check_attention(model: ModelConfig, rules: Rules, mesh: Mesh, length: int) -
         )
 
 
-def _on_each_device(local: Callable[..., jax.Array], x: Operands, rules: Rules) -> jax.Array:
-    """Call `local` with each device's part of the operands; without a mesh, with all of them."""
+def _on_each_device(
+    local: Callable[..., jax.Array], x: Operands, rules: Rules, *, keys: Axis
+) -> jax.Array:
+    """Call `local` with each device's part of the operands; without a mesh, with all of them.
+
+    Args:
+      local: takes Operands and returns (B, L, N, H).
+      x: the operands, all on the logical axis `length`.
+      rules: the sharding rules.
+      keys: logical axis of the keys and values that `local` wants; None: whole.
+    """
     if rules.spec() is None:
         return local(x)
+    N = x.q_BLNH.shape[2]
     if rules.mesh_axes("heads") != rules.mesh_axes("kv_heads"):
-        k_BSNH, v_BSNH = (_per_query_head(pair, x, rules) for pair in (x.k_BSKH, x.v_BSKH))
+        k_BSNH, v_BSNH = (_per_query_head(pair, N, rules) for pair in (x.k_BSKH, x.v_BSKH))
         x = x._replace(k_BSKH=k_BSNH, v_BSKH=v_BSNH)
+    pairs, places = ("batch", keys, "heads", "head_dim"), ("batch", keys)
+    x = x._replace(
+        k_BSKH=rules.place(x.k_BSKH, *pairs),
+        v_BSKH=rules.place(x.v_BSKH, *pairs),
+        keys=jax.tree.map(lambda a: rules.place(a, *places), x.keys),
+    )
     heads = rules.spec("batch", "length", "heads", "head_dim")
-    tokens = rules.spec("batch", "length")
-    specs: Any = Operands(*[heads] * 3, *[tokens] * 2)  # type: ignore[arg-type]
-    across: Callable[..., jax.Array] = jax.shard_map(local, in_specs=(specs,), out_specs=heads)
+    pair, tokens = rules.spec(*pairs), rules.spec("batch", "length")
+    specs: Any = (heads, pair, pair, tokens, rules.spec(*places))
+    across: Callable[..., jax.Array] = jax.shard_map(
+        local, in_specs=(Operands(*specs),), out_specs=heads
+    )
     return across(x)
 
 
-def _per_query_head(pair_BSKH: jax.Array, x: Operands, rules: Rules) -> jax.Array:
+def _per_query_head(pair_BSKH: jax.Array, num_heads: int, rules: Rules) -> jax.Array:
     """Give every query head its own copy of its key or value head, sharded like the query heads."""
     B, S, K, H = pair_BSKH.shape
-    N = x.q_BLNH.shape[2]
-    pair_BSKGH = jnp.broadcast_to(pair_BSKH[:, :, :, None], (B, S, K, N // K, H))
+    pair_BSKGH = jnp.broadcast_to(pair_BSKH[:, :, :, None], (B, S, K, num_heads // K, H))
     whole = rules.spec("batch", "length", None, "head_dim")
-    pair_BSNH = jax.lax.reshape(pair_BSKGH, (B, S, N, H), out_sharding=whole)
+    pair_BSNH = jax.lax.reshape(pair_BSKGH, (B, S, num_heads, H), out_sharding=whole)
     return rules.place(pair_BSNH, "batch", "length", "heads", "head_dim")
 
 
@@ -110,9 +128,9 @@ def _within(x: Operands, *, model: ModelConfig, axes: Axes) -> jax.Array:
 
 def _all_gather(x: Operands, *, model: ModelConfig, axes: Axes) -> jax.Array:
     """Attend from this device's part of the length to all keys."""
-    gather = functools.partial(jax.lax.all_gather, axis_name=axes, axis=1, tiled=True)
-    k_BSKH, v_BSKH, keys = jax.tree.map(gather, (x.k_BSKH, x.v_BSKH, x.keys))
-    x = x._replace(k_BSKH=k_BSKH, v_BSKH=v_BSKH, keys=keys)
+    # Their gradients are sums over the devices.
+    vary = functools.partial(jax.lax.pcast, axis_name=axes, to="varying")
+    x = x._replace(k_BSKH=vary(x.k_BSKH), v_BSKH=vary(x.v_BSKH))
     if model.attention == "dense":
         return dense_attention(x, model.attention_window)
     return chunked_attention(x, model.attention_window, jax.lax.axis_index(axes))

@@ -1,0 +1,91 @@
+"""The pipeline for stages that are known by hand: order, microbatches, idle ticks, gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale.config import MeshConfig, RulesConfig
+from jaxscale.parallel.mesh import make_mesh
+from jaxscale.parallel.pipeline import bubble_share, bubble_words, cut_rows, join_rows, pipelined
+from jaxscale.parallel.sharding import Rules
+
+B, L, D, LAYERS = 8, 4, 2, 4
+RULES = Rules.make(RulesConfig())
+
+
+def run_stage(weights: jax.Array, x: jax.Array, riders: jax.Array) -> jax.Array:
+    """Multiply by each layer's weight and add its square times what rides along."""
+
+    def layer(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+        return x * weight + weight**2 * riders[..., None], None
+
+    return jax.lax.scan(layer, x, weights)[0]
+
+
+def expected(weights: np.ndarray, x: np.ndarray, riders: np.ndarray) -> np.ndarray:
+    for weight in weights:
+        x = x * weight + weight**2 * riders[..., None]
+    return x
+
+
+@pytest.mark.parametrize(("stages", "parts"), [(2, 1), (2, 2), (2, 8), (4, 1), (4, 4), (4, 8)])
+def test_every_row_passes_all_layers_in_order(
+    devices: list[jax.Device], stages: int, parts: int
+) -> None:
+    random = np.random.default_rng(0)
+    x, riders = random.normal(size=(B, L, D)), random.normal(size=(B, L))
+    weights = np.array([2.0, -3.0, 5.0, 7.0])
+    mesh = make_mesh(MeshConfig(stage=stages, data=1), devices[:stages])
+    with jax.set_mesh(mesh):
+        stacked = jax.device_put(weights.astype(np.float32), RULES.sharding(mesh, "layers"))
+
+        @jax.jit
+        def run(weights: jax.Array, x: jax.Array) -> jax.Array:
+            return pipelined(
+                run_stage, weights, x, jnp.float32(riders), num_microbatches=parts, rules=RULES
+            )
+
+        out, transpose = jax.vjp(run, stacked, jnp.float32(x))
+        d_weights, d_x = map(np.asarray, transpose(jnp.ones_like(out)))
+    np.testing.assert_allclose(out, expected(weights, x, riders), rtol=1e-5)
+    # The product of all weights, times each row once.
+    np.testing.assert_allclose(d_x, np.full_like(x, weights.prod()), rtol=1e-5)
+    step = 1e-6
+    for layer in range(LAYERS):
+        moved = weights + step * (np.arange(LAYERS) == layer)
+        slope = (expected(moved, x, riders) - expected(weights, x, riders)).sum() / step
+        assert d_weights[layer] == pytest.approx(slope, rel=1e-4)
+
+
+def test_each_stage_computes_once_per_tick(devices: list[jax.Device]) -> None:
+    """T + S - 1 ticks of one microbatch each, of which T count: the bubble is what the rest is."""
+    S, T, width = 4, 8, 16
+    mesh = make_mesh(MeshConfig(stage=S, data=1), devices[:S])
+
+    def matmul(weights: jax.Array, x: jax.Array, _: None) -> jax.Array:
+        return x @ weights[0]
+
+    with jax.set_mesh(mesh):
+        weights = jax.ShapeDtypeStruct(
+            (S, width, width), jnp.float32, sharding=RULES.sharding(mesh, "layers", None, None)
+        )
+        x = jax.ShapeDtypeStruct((T, L, width), jnp.float32)
+        traced = jax.make_jaxpr(
+            lambda w, x: pipelined(matmul, w, x, None, num_microbatches=T, rules=RULES)
+        )(weights, x)
+    [scan] = [eqn for eqn in traced.eqns if eqn.primitive.name == "scan"]
+    [product] = [eqn for eqn in scan.params["jaxpr"].eqns if eqn.primitive.name == "dot_general"]
+    done = scan.params["length"] * product.outvars[0].aval.size
+    assert done == S * (T + S - 1) * L * width
+    useful = S * T * L * width
+    assert 1 - useful / done == pytest.approx(bubble_share(S, T)) == 3 / 11
+    words = "4 stages, 8 microbatches: 27% of the ticks are bubble"
+    assert (bubble_words(S, T), bubble_words(1, 8)) == (words, None)
+
+
+def test_rows_are_cut_and_joined_again() -> None:
+    a = np.arange(12).reshape(6, 2)
+    cut = cut_rows(a, 3, RULES, ("batch", "length"))
+    assert cut[:, :, 0].tolist() == [[0, 6], [2, 8], [4, 10]]
+    np.testing.assert_array_equal(join_rows(cut, RULES, ("batch", "length")), a)
