@@ -176,7 +176,13 @@ class TrainConfig:
         32, "sequences per step, over all devices and accumulation steps", minimum=1
     )
     accumulation_steps: int = knob(
-        1, "microbatches whose gradients are summed", minimum=1, free=True
+        1,
+        "microbatches whose gradients are summed; with mesh.stage > 1 they fill the pipeline",
+        minimum=1,
+        free=True,
+    )
+    pipeline_rounds: int = knob(
+        1, "times that a microbatch goes round the stages (circular schedule)", minimum=1, free=True
     )
     seed: int = knob(0, "seed of initialisation and batch order", minimum=0)
     loss_chunk_tokens: int = knob(

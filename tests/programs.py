@@ -26,6 +26,7 @@ from jaxscale.train.state import (
     Batch,
     TrainState,
     assemble,
+    in_stage_order,
     init_params,
     init_state,
 )
@@ -108,7 +109,8 @@ def _drawn(model: ModelConfig) -> Any:
 def first_state(assembly: Assembly) -> TrainState:
     """Return the state of step 0, its parameters drawn once per model and then placed."""
     shardings = assembly.definition.shardings(assembly.mesh)
-    return init_state(assembly, jax.device_put(_drawn(assembly.config.model), shardings))
+    params = jax.device_put(_drawn(assembly.config.model), shardings)
+    return init_state(assembly, in_stage_order(assembly, params))
 
 
 def host_batch(seed: int) -> dict[str, np.ndarray]:

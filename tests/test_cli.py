@@ -63,6 +63,19 @@ MISTAKES = {
         ["--config.mesh.data=1", "--config.mesh.tensor=8", "--config.model.num_kv_heads=4"],
         "mesh.tensor=8 does not divide model.num_kv_heads=4",
     ),
+    "rounds that the layers do not divide into": (
+        [
+            "--config.mesh.data=4",
+            "--config.mesh.stage=2",
+            "--config.train.pipeline_rounds=3",
+            "--config.train.accumulation_steps=2",
+        ],
+        "train.pipeline_rounds=3 x mesh.stage=2 does not divide model.num_layers=8",
+    ),
+    "rounds without enough microbatches": (
+        ["--config.mesh.data=4", "--config.mesh.stage=2", "--config.train.pipeline_rounds=2"],
+        "raise train.accumulation_steps=1 to 2",
+    ),
     "heads that all_to_all cannot part": (
         [
             "--config.mesh.data=1",

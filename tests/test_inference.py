@@ -89,9 +89,24 @@ def test_greedy_generation_follows_the_full_forward(variant: str) -> None:
 def test_every_mesh_generates_the_same_tokens(sampling: Sampling) -> None:
     made, params = generator()
     expected = made.generate(params, PROMPTS, sampling)
-    for mesh in ({"data": 2, "tensor": 4}, {"fsdp": 2, "sequence": 2, "tensor": 2}):
+    for mesh in (
+        {"data": 2, "tensor": 4},
+        {"fsdp": 2, "sequence": 2, "tensor": 2},
+        {"stage": 2, "tensor": 2},
+    ):
         made, params = generator(tuple(mesh.items()))
         assert made.generate(params, PROMPTS, sampling) == expected
+
+
+def test_a_circular_pipeline_generates_with_its_layers_in_order() -> None:
+    model, sampling = {"num_layers": 4}, Sampling(temperature=0, max_tokens=8)
+    train = {"accumulation_steps": 2, "pipeline_rounds": 2}
+    found = []
+    for mesh in ({}, {"stage": 2}):
+        assembly = assemble_tiny(mesh=mesh, model=model, train=train)
+        made = Generator(assembly.definition, assembly.mesh, num_ids=VOCAB, eos_id=EOS)
+        found.append(made.generate(first_state(assembly).params, PROMPTS, sampling))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

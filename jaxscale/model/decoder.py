@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -21,7 +22,7 @@ from jaxscale.model.attention.dense import Span
 from jaxscale.model.cache import Cache
 from jaxscale.model.contract import contract
 from jaxscale.model.layers import MLP, Attention, Norm, gathered, looked_up, matrix
-from jaxscale.parallel.pipeline import pipelined
+from jaxscale.parallel.pipeline import pipelined, stage_order
 from jaxscale.parallel.sharding import Axis, Rules, check_divides, map_axes
 
 Params = dict[str, Any]
@@ -134,7 +135,9 @@ class Decoder(nnx.Module):
         """Return the blocks' parameters whole along the stages, as generating text needs them."""
         if not self.rules.mesh_axes("layers"):
             return self.blocks
-        return jax.tree.map(_whole_layers, self.blocks)
+        stages = self.rules.num_shards("layers")
+        order = stage_order(self.model.num_layers, stages, self.rules.pipeline_rounds)
+        return jax.tree.map(lambda stack: _whole(stack)[np.argsort(order)], self.blocks)
 
     def _rematerialised(self, run_block: Any) -> Any:
         """Wrap a block so that the backward pass recomputes what `model.remat` does not keep."""
@@ -180,7 +183,7 @@ def _keep_all_but_gathered(primitive: Any, *operands: Any, **_: Any) -> bool:
     return primitive.name == "dot_general" or not (of_gathered or primitive.name == "reshard")
 
 
-def _whole_layers(stack: jax.Array) -> jax.Array:
+def _whole(stack: jax.Array) -> jax.Array:
     _, *rest = jax.typeof(stack).sharding.spec
     return jax.reshard(stack, PartitionSpec(None, *rest))
 

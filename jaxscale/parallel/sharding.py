@@ -31,13 +31,17 @@ class Rules:
     Attributes:
       table: logical axis and its mesh axes.
       reduce_dtype: dtype in which gradients of gathered parameters are summed over devices.
+      pipeline_rounds: times that a microbatch passes through the stages.
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...]
     reduce_dtype: str = "float32"
+    pipeline_rounds: int = 1
 
     @classmethod
-    def make(cls, rules: RulesConfig, *, reduce_dtype: str = "float32") -> "Rules":
+    def make(
+        cls, rules: RulesConfig, *, reduce_dtype: str = "float32", pipeline_rounds: int = 1
+    ) -> "Rules":
         """Read the rules section.
 
         Raises:
@@ -58,7 +62,7 @@ class Rules:
                 raise ConfigError(f"rules.{field.name}={value} names a mesh axis twice")
             table.append((field.name, axes))
         _check_together(dict(table))
-        return cls(tuple(table), reduce_dtype)
+        return cls(tuple(table), reduce_dtype, pipeline_rounds)
 
     def replace(self, **axes: tuple[str, ...]) -> "Rules":
         """Return these rules with other mesh axes for some logical axes."""

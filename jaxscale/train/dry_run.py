@@ -101,7 +101,8 @@ def dry_run(config: Config) -> DryRun:
     program = compile_step(assembly)
     seconds = time.perf_counter() - start
     tokens = config.train.global_batch_size * config.data.length
-    parts = config.train.accumulation_steps
+    train = config.train
+    schedule = (assembly.mesh.shape[STAGE_AXIS], train.accumulation_steps, train.pipeline_rounds)
     return DryRun(
         mesh=dict(assembly.mesh.shape),
         device_kind=assembly.mesh.devices.flat[0].device_kind,
@@ -112,7 +113,7 @@ def dry_run(config: Config) -> DryRun:
         batch_bytes=bytes_on_device(abstract_batch(assembly)),
         step_bytes=program_bytes(program),
         device_bytes=memory_of_device(assembly.mesh),
-        pipeline=bubble_words(assembly.mesh.shape[STAGE_AXIS], parts) or "",
+        pipeline=bubble_words(*schedule) or "",
         tokens_per_step=tokens,
         model_flops_per_step=tokens * train_flops_per_token(config.model, config.data.length),
         compile_seconds=seconds,

@@ -72,11 +72,11 @@ class StepLog:
         )
         if not len(loader.validation_windows):
             self.note("no evaluation: no window of data.length tokens is held apart")
-        num_stages = self.run.assembly.mesh.shape[STAGE_AXIS]
+        train, num_stages = config.train, self.run.assembly.mesh.shape[STAGE_AXIS]
         for warning in (
             schedule_warning(config.optimizer, config.train.steps),
             unused_warning(config.optimizer),
-            bubble_words(num_stages, config.train.accumulation_steps),
+            bubble_words(num_stages, train.accumulation_steps, train.pipeline_rounds),
         ):
             if warning:
                 self.note(warning)

@@ -19,7 +19,7 @@ from jaxscale.checkpoint import OPTIMIZER, Checkpointer, Newest, set_aside
 from jaxscale.config import Config, ConfigError
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.train.loss_scale import new_loss_scale
-from jaxscale.train.state import Assembly, TrainState, abstract_state, init_state
+from jaxscale.train.state import Assembly, TrainState, abstract_state, in_stage_order, init_state
 
 INIT_FROM = "checkpoint.init_from"
 LOSS_SCALE = "loss_scale"
@@ -109,7 +109,7 @@ def first_state(
     differences = config_source.model_changes(workdir.read_config(source.folder), config)
     abstract = assembly.definition.abstract(assembly.mesh)
     params = source.reader.restore_params(source.step, abstract)
-    return init_state(assembly, params), f"{source.words}{differences}"
+    return init_state(assembly, in_stage_order(assembly, params)), f"{source.words}{differences}"
 
 
 def check_tokenizer(
@@ -153,7 +153,7 @@ def restore_state(assembly: Assembly, reader: Checkpointer, step: int) -> TrainS
         item[LOSS_SCALE] = new_scale
     found = reader.restore(step, params=abstract.params, optimizer=item)
     scale = found.optimizer.get(LOSS_SCALE, new_scale)
-    return TrainState(
+    state = TrainState(
         step=jax.device_put(jnp.int32(step), replicated),
         params=found.params,
         optimizer=found.optimizer["state"],
@@ -161,6 +161,7 @@ def restore_state(assembly: Assembly, reader: Checkpointer, step: int) -> TrainS
         skipped_in_a_row=found.optimizer["skipped_in_a_row"],
         loss_scale=None if abstract.loss_scale is None else scale,
     )
+    return in_stage_order(assembly, state)
 
 
 def optimizer_item(state: TrainState) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from jaxscale.train.restore import (
     make_way,
     optimizer_item,
 )
-from jaxscale.train.state import Assembly, TrainState, assemble
+from jaxscale.train.state import Assembly, TrainState, assemble, in_layer_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +265,7 @@ def save_state(run: Run, state: TrainState, step: int) -> float:
         "tokenizer": run.tokenizer.fingerprint,
         "data": run.loader.cache.fingerprint,
     }
+    state = in_layer_order(run.assembly, state)
     return run.checkpointer.save(
         step, params=state.params, optimizer=optimizer_item(state), meta=meta
     )

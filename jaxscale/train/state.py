@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -17,7 +18,8 @@ from jaxscale.config import Config
 from jaxscale.model.attention.attend import check_attention
 from jaxscale.model.decoder import Definition, Params, check_mesh, define
 from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
-from jaxscale.parallel.mesh import make_mesh
+from jaxscale.parallel.mesh import STAGE_AXIS, make_mesh
+from jaxscale.parallel.pipeline import check_pipeline, stage_order
 from jaxscale.parallel.sharding import Rules, check_divides, map_axes
 from jaxscale.train.loss_scale import LossScale, first_loss_scale
 
@@ -81,7 +83,12 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
       ConfigError: the mesh does not fit the devices, the model or the batch.
     """
     mesh = make_mesh(config.mesh, devices)
-    rules = Rules.make(config.rules, reduce_dtype=config.train.gradient_reduce_dtype)
+    train = config.train
+    rules = Rules.make(
+        config.rules,
+        reduce_dtype=train.gradient_reduce_dtype,
+        pipeline_rounds=train.pipeline_rounds,
+    )
     check_mesh(config.model, rules, mesh)
     rows = config.train.global_batch_size // config.train.accumulation_steps
     check_divides(
@@ -92,6 +99,12 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
             "length": (config.data.length, "data.length"),
             "residual_length": (config.data.length, "data.length"),
         },
+    )
+    check_pipeline(
+        config.model.num_layers,
+        mesh.shape[STAGE_AXIS],
+        train.accumulation_steps,
+        train.pipeline_rounds,
     )
     check_attention(config.model, rules, mesh, config.data.length)
     definition = define(config.model, rules)
@@ -152,12 +165,59 @@ def jit_init_params(assembly: Assembly) -> Any:
     # Outside the mesh: there the output shardings reach back into the random bits, whereas under an
     # explicit mesh every array would be drawn whole on each device before it is cut.
     shardings = assembly.definition.shardings(assembly.mesh)
-    return jax.jit(assembly.definition.init, out_shardings=shardings)
+
+    def init(key: jax.Array) -> Params:
+        return _reordered(assembly.definition.init(key), stage_order(*_schedule(assembly)))
+
+    return jax.jit(init, out_shardings=shardings)
 
 
 def init_params(assembly: Assembly) -> Params:
     """Draw the parameters, sharded from birth; the same values on every mesh."""
     return jit_init_params(assembly)(jax.random.key(assembly.config.train.seed))
+
+
+def in_stage_order(assembly: Assembly, tree: Any) -> Any:
+    """Return parameters, or a state of them, with the layers where the stages want them.
+
+    In a checkpoint the layers stand in their own order, whatever the schedule.
+    """
+    return _move_layers(assembly, tree, stage_order(*_schedule(assembly)))
+
+
+def in_layer_order(assembly: Assembly, tree: Any) -> Any:
+    """Undo `in_stage_order`."""
+    return _move_layers(assembly, tree, np.argsort(stage_order(*_schedule(assembly))))
+
+
+def _schedule(assembly: Assembly) -> tuple[int, int, int]:
+    """Return layers, stages and rounds."""
+    stages = assembly.mesh.shape[STAGE_AXIS]
+    rounds = assembly.rules.pipeline_rounds if stages > 1 else 1
+    return assembly.config.model.num_layers, stages, rounds
+
+
+def _move_layers(assembly: Assembly, tree: Any, order: np.ndarray) -> Any:
+    if (order == np.arange(len(order))).all():
+        return tree
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
+    with jax.set_mesh(assembly.mesh):
+        return jax.jit(lambda tree: _reordered(tree, order), out_shardings=shardings)(tree)
+
+
+def _reordered(tree: Any, order: np.ndarray) -> Any:
+    """Return a pytree with other order of the layers in all arrays below `blocks`."""
+
+    def reorder(path: Any, leaf: jax.Array) -> jax.Array:
+        if "blocks" not in [getattr(entry, "key", None) for entry in path]:
+            return leaf
+        sharding = jax.typeof(leaf).sharding
+        if sharding.mesh.empty:
+            return leaf[order]
+        whole = jax.reshard(leaf, PartitionSpec(None, *sharding.spec[1:]))
+        return jax.reshard(whole[order], sharding.spec)
+
+    return jax.tree_util.tree_map_with_path(reorder, tree)
 
 
 def init_state(assembly: Assembly, params: Params | None = None) -> TrainState:

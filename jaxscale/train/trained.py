@@ -20,7 +20,7 @@ from jaxscale.resolve import resolve
 from jaxscale.train.evaluate import Evaluation, evaluate
 from jaxscale.train.restore import check_tokenizer
 from jaxscale.train.start import open_data, with_own_tokenizer
-from jaxscale.train.state import Assembly, assemble
+from jaxscale.train.state import Assembly, assemble, in_stage_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,7 @@ def open_trained(
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_tokenizer(config, tokenizer, meta, folder)
     params = checkpointer.restore_params(step, assembly.definition.abstract(assembly.mesh))
+    params = in_stage_order(assembly, params)
     return Trained(assembly, params, tokenizer, step, meta["data"], tuple(notes))
 
 

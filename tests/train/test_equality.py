@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxscale.train.state import Assembly, init_state, jit_init_params
+from jaxscale.train.state import Assembly, in_layer_order, init_state, jit_init_params
 from jaxscale.train.step import loss_and_gradients
 from tests.programs import (
     GRADIENT_TOLERANCE_F32,
@@ -35,18 +35,19 @@ MESHES = [
     {"data": 2, "sequence": 2, "tensor": 2},
     {"fsdp": 2, "sequence": 2, "tensor": 2},
 ]
-# The same with a pipeline, and the microbatches in it.
+# The same with a pipeline, its microbatches and its rounds.
 STAGES = [
-    ({"stage": 2}, 1),
-    ({"stage": 4}, 8),
-    ({"stage": 2, "data": 4}, 2),
-    ({"stage": 4, "data": 2}, 2),
-    ({"stage": 2, "fsdp": 4}, 2),
-    ({"stage": 2, "sequence": 4}, 4),
-    ({"stage": 2, "tensor": 4}, 8),
-    ({"stage": 2, "sequence": 2, "tensor": 2}, 4),
-    ({"stage": 2, "fsdp": 2, "tensor": 2}, 4),
-    ({"stage": 2, "data": 2, "num_slices": 2}, 2),
+    ({"stage": 2}, 1, 1),
+    ({"stage": 4}, 8, 1),
+    ({"stage": 2}, 2, 2),
+    ({"stage": 2, "data": 4}, 2, 2),
+    ({"stage": 4, "data": 2}, 2, 1),
+    ({"stage": 2, "fsdp": 4}, 2, 2),
+    ({"stage": 2, "sequence": 4}, 4, 2),
+    ({"stage": 2, "tensor": 4}, 8, 2),
+    ({"stage": 2, "sequence": 2, "tensor": 2}, 4, 2),
+    ({"stage": 2, "fsdp": 2, "tensor": 2}, 4, 1),
+    ({"stage": 2, "data": 2, "num_slices": 2}, 2, 1),
 ]
 PROGRAMS: dict[str, dict[str, Any]] = {
     "residual region along sequence and tensor": {
@@ -128,7 +129,7 @@ def first_gradients(assembly: Assembly) -> tuple[float, Any]:
     with jax.set_mesh(assembly.mesh):
         compute = jax.jit(functools.partial(loss_and_gradients, assembly))
         loss, gradients = compute(params, batch_on(assembly, 0))
-    return float(loss), jax.device_get(gradients)
+    return float(loss), jax.device_get(in_layer_order(assembly, gradients))
 
 
 @functools.cache
@@ -148,9 +149,10 @@ def test_loss_and_every_gradient_equal_one_device(mesh: dict[str, int]) -> None:
     check_first_gradients(first_gradients(assemble_tiny(mesh=mesh)), reference())
 
 
-@pytest.mark.parametrize(("mesh", "parts"), STAGES, ids=str)
-def test_a_pipeline_equals_one_device(mesh: dict[str, int], parts: int) -> None:
-    model, train = {"num_layers": 4}, {"accumulation_steps": parts}
+@pytest.mark.parametrize(("mesh", "parts", "rounds"), STAGES, ids=str)
+def test_a_pipeline_equals_one_device(mesh: dict[str, int], parts: int, rounds: int) -> None:
+    model = {"num_layers": 4}
+    train = {"accumulation_steps": parts, "pipeline_rounds": rounds}
     found = first_gradients(assemble_tiny(mesh=mesh, model=model, train=train))
     check_first_gradients(found, four_layers_reference())
 

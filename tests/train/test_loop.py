@@ -1,6 +1,7 @@
 """The loop: resume, stops, bad steps, evaluation, and the files that it leaves."""
 
 import dataclasses
+import functools
 import io
 import logging
 import pathlib
@@ -72,6 +73,26 @@ def test_resume_on_another_mesh_goes_on_with_the_same_batches_and_losses(
     meta = Checkpointer(folder, CheckpointConfig(), read_only=True).read_meta(RUN_STEPS)
     assert meta["mesh"]["sequence"] == 2
     assert meta["sequences_read"] == RUN_STEPS * 8
+
+
+def test_a_run_goes_into_a_circular_pipeline_and_out_again(
+    make_config: Any, tmp_path: pathlib.Path
+) -> None:
+    four_layers = functools.partial(make_config, model__num_layers=4, checkpoint__every_steps=2)
+    pipeline = {"mesh__data": 1, "mesh__tensor": 1, "mesh__stage": 4, "train__pipeline_rounds": 1}
+    rounds = {**pipeline, "mesh__stage": 2, "mesh__data": 2, "train__pipeline_rounds": 2}
+    parts = {"train__accumulation_steps": 2}
+    train(four_layers(train__steps=6, **parts), tmp_path / "expected")
+    for steps, place in ((2, rounds), (4, {}), (6, rounds)):
+        train(four_layers(train__steps=steps, **parts, **place), tmp_path / "run")
+    train(four_layers(train__steps=6, **parts, **pipeline), tmp_path / "pipeline")
+    expected = last_lines(tmp_path / "expected")
+    for folder in (tmp_path / "run", tmp_path / "pipeline"):
+        found = last_lines(folder)
+        for name, error in ((records.BATCH_HASH, 0), (records.LOSS, 10 * LOSS_TOLERANCE_F32)):
+            np.testing.assert_allclose(
+                [x[name] for x in found.values()], [x[name] for x in expected.values()], rtol=error
+            )
 
 
 def test_the_step_is_compiled_once_per_run(

@@ -28,6 +28,7 @@ PLACES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "fsdp tensor": ({"fsdp": 2, "tensor": 4}, {}),
     "data fsdp tensor": ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
     "data sequence tensor": ({"data": 2, "sequence": 2, "tensor": 2}, {}),
+    "stage fsdp": ({"stage": 3, "fsdp": 2}, {"vocab": None}),
     "ZeRO-1": ({"fsdp": 8}, {"embed": None}),
 }
 # Every kind of parameter: also learned positions, and biases with more than one dim. Three layers
