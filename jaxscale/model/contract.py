@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 
 def contract(
@@ -78,7 +78,12 @@ def _product(
     asked for in float32 would also cross the network in it, where devices hold partial sums.
     """
     if _is_on_cpu():
-        return _cpu_product(equation, a, b, spec).astype(dtype)
+        if _is_partitioned():
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+            product = jnp.einsum(equation, a, b, out_sharding=spec)
+        else:
+            product = _cpu_product(equation, a, b)
+        return product.astype(dtype)
     return jnp.einsum(equation, a, b, out_sharding=spec, preferred_element_type=dtype)
 
 
@@ -88,15 +93,22 @@ def _is_on_cpu() -> bool:
     return (device.device_kind if device else jax.default_backend()) == "cpu"
 
 
-def _cpu_product(equation: str, a: jax.Array, b: jax.Array, spec: Any) -> jax.Array:
+def _is_partitioned() -> bool:
+    """Tell whether the compiler will cut what is being traced, as it does outside of shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and AxisType.Explicit in mesh.axis_types
+
+
+def _cpu_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the einsum in float32, its left operand laid out with the summed dimensions last.
 
     The CPU's fast kernels want that (bfloat16 otherwise runs at the speed of float32, or not at
-    all), and left to itself XLA folds the transposes that would make it so into the dot.
+    all), and left to itself XLA folds the transposes that would make it so into the dot. A program
+    for several devices cannot say so: the compiler would gather what has a fixed layout.
     """
     first, second, result = equation.replace("->", ",").split(",")
     if _is_ready(first, result):
-        return jnp.einsum(equation, a, b, out_sharding=spec, preferred_element_type=jnp.float32)
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
     if _is_ready(second, result) or b.size < a.size:
         a, b, first, second = b, a, second, first
     shared = "".join(letter for letter in second if letter in first and letter in result)
@@ -108,7 +120,6 @@ def _cpu_product(equation: str, a: jax.Array, b: jax.Array, spec: Any) -> jax.Ar
         f"{order},{second}->{natural}",
         _row_major(_transposed(a, first, order)),
         b,
-        out_sharding=_permuted(spec, result, natural),
         preferred_element_type=jnp.float32,
     )
     return _transposed(_row_major(out), natural, result)
@@ -116,13 +127,6 @@ def _cpu_product(equation: str, a: jax.Array, b: jax.Array, spec: Any) -> jax.Ar
 
 def _transposed(x: jax.Array, old: str, new: str) -> jax.Array:
     return jnp.transpose(x, [old.index(letter) for letter in new])
-
-
-def _permuted(spec: PartitionSpec | None, old: str, new: str) -> PartitionSpec | None:
-    if spec is None:
-        return None
-    parts = dict(zip(old, (*spec.partitions, *[None] * len(old)), strict=False))
-    return PartitionSpec(*(parts[letter] for letter in new), unreduced=spec.unreduced)
 
 
 def _row_major(x: jax.Array) -> jax.Array:
