@@ -44,6 +44,8 @@ REMAT_NAMES = (
     "up",
     "mlp_out",
 )
+# Before a name: kept in host memory.
+OFFLOAD = "offload:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,13 @@ class ModelConfig:
     )
     remat_names: tuple[str, ...] = knob(
         ("query", "key", "value", "context", "attention_out", "gate", "up"),
-        "named activations that remat=names keeps",
+        "named activations that remat=names keeps; offload:NAME keeps one in host memory",
+        free=True,
+    )
+    remat_every: int = knob(
+        1,
+        "only every so many-th block recomputes, as remat says; the others keep everything",
+        minimum=1,
         free=True,
     )
     scan_unroll: int = knob(1, "blocks per iteration of the layer scan", minimum=1, free=True)
@@ -141,7 +149,6 @@ class RulesConfig:
     vocab: str | None = knob("tensor", "vocabulary of embedding and head")
     embed: str | None = knob("fsdp", "width dimension of parameters")
     optimizer_embed: str | None = knob("fsdp", "width dimension of optimizer state")
-    layers: str | None = knob("stage", "stacked blocks")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +169,6 @@ class DataConfig:
     local_cache_dir: str = knob(
         "", "folder of this host that token caches are copied into; empty = none", free=True
     )
-    prefetch_batches: int = knob(2, "batches held ready", minimum=1, free=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +189,12 @@ class TrainConfig:
         -1,
         "tokens per device whose logits exist at once; 0 = all; -1 = 2048 if vocab_size >= 128000",
         minimum=-1,
+        free=True,
+    )
+    offload: str = knob(
+        "none",
+        "what lies in host memory between uses: nothing, optimizer state, or parameters too",
+        choices=("none", "optimizer", "all"),
         free=True,
     )
     gradient_reduce_dtype: str = knob(

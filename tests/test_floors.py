@@ -21,14 +21,14 @@ PACKAGE = ROOT / "jaxscale"
 FLOORS: dict[str, tuple[str, ...]] = {
     "F0 words": ("config config_source resolve hardware records runtime",),
     "F1 parallel": (
-        "parallel.mesh parallel.sharding parallel.by_layer parallel.pipeline parallel.program "
-        "parallel.probes",
+        "parallel.mesh parallel.sharding parallel.host_memory parallel.by_layer parallel.pipeline "
+        "parallel.program parallel.probes",
         "bundle.format bundle.programs bundle.sampling bundle.scheduler bundle.engine",
     ),
     "F2 model": (
         "model.contract model.attention.dense model.attention.chunked model.attention.flash "
         "model.attention.ring model.attention.all_to_all model.attention.attend model.cache "
-        "model.layers model.decoder model.loss model.cost",
+        "model.layers model.remat model.decoder model.loss model.cost",
     ),
     "F3 services": (
         "data.workers data.python_stdlib data.documents data.storage data.files data.tfds_source "

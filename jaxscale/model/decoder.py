@@ -20,6 +20,8 @@ from jaxscale.model.attention.dense import Span
 from jaxscale.model.cache import Cache
 from jaxscale.model.contract import contract
 from jaxscale.model.layers import MLP, Attention, Norm, gathered, looked_up, matrix
+from jaxscale.model.remat import run_blocks
+from jaxscale.parallel.host_memory import to_device
 from jaxscale.parallel.sharding import Axis, Rules, check_divides, map_axes
 
 Params = dict[str, Any]
@@ -86,32 +88,14 @@ class Decoder(nnx.Module):
             weights, layer_cache = layer
             return nnx.merge(graphdef, weights)(x_BLD, span, layer_cache)
 
-        run_block = self._rematerialised(run_block)
-        if cache is None and model.scan_unroll >= model.num_layers:
-            # Written out, and not by scan, which would stack what the backward pass needs.
-            for weights in _unstacked(self.blocks, model.num_layers):
-                x_BLD, _ = run_block(x_BLD, (weights, None))
+        if cache is None:
+            train_block = lambda x_BLD, weights: run_block(x_BLD, (weights, None))[0]  # noqa: E731
+            x_BLD = run_blocks(train_block, x_BLD, self.blocks, model, rules)
         else:
             x_BLD, cache = jax.lax.scan(
                 run_block, x_BLD, (self.blocks, cache), unroll=model.scan_unroll
             )
         return self.norm(x_BLD), cache
-
-    def _rematerialised(self, run_block: Any) -> Any:
-        """Wrap a block so that the backward pass recomputes what `model.remat` does not keep."""
-        remat, policies = self.model.remat, jax.checkpoint_policies
-        if remat == "none" and not self.rules.mesh_axes("embed"):
-            return run_block
-        policy = {
-            "none": _keep_all_but_gathered,
-            "full": policies.nothing_saveable,
-            # Those of weights alone: attention's scores have batch dimensions and grow with
-            # length^2.
-            "dots": policies.dots_with_no_batch_dims_saveable,
-            "names": policies.save_only_these_names(*self.model.remat_names),
-        }
-        # A scan needs no barrier against common subexpressions between forward and backward pass.
-        return jax.checkpoint(run_block, policy=policy[remat], prevent_cse=False)
 
     def head_weights(self) -> jax.Array:
         """Return the head's weights, whole along FSDP: (D, V), or (V, D) if tied."""
@@ -133,22 +117,6 @@ class Decoder(nnx.Module):
             spec=rules.spec("batch", "length", "vocab"),
             dtype=jnp.float32,
         )
-
-
-def _keep_all_but_gathered(primitive: Any, *operands: Any, **_: Any) -> bool:
-    """Keep every activation, but gather weights anew: kept, they would undo FSDP's sharding."""
-    of_gathered = any(operand.sharding.spec.reduced for operand in operands)
-    return primitive.name == "dot_general" or not (of_gathered or primitive.name == "reshard")
-
-
-def _unstacked(blocks: Any, count: int) -> list[Any]:
-    """Return the parameters of each block; their gradients are stacked again in one go."""
-    leaves, structure = jax.tree.flatten(blocks)
-    parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
-    return [
-        jax.tree.unflatten(structure, [jax.lax.squeeze(part[i], (0,)) for part in parts])
-        for i in range(count)
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +143,11 @@ class Definition:
         return nnx.to_pure_dict(nnx.split(decoder)[1])
 
     def bind(self, params: Params) -> Decoder:
-        """Return a Decoder that computes with these parameters; for use inside jit."""
-        return nnx.merge(self.graphdef, params)
+        """Return a Decoder that computes with these parameters; for use inside jit.
+
+        Those in host memory are fetched.
+        """
+        return nnx.merge(self.graphdef, to_device(params))
 
     def shardings(self, mesh: Mesh) -> Params:
         """Return the NamedSharding of every parameter on `mesh`."""

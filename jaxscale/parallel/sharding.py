@@ -43,8 +43,8 @@ class Rules:
         Raises:
           ConfigError: a rule names an unknown mesh axis, or one twice.
         """
-        # A head is computed whole.
-        table: list[tuple[str, tuple[str, ...]]] = [("head_dim", ())]
+        # A head is computed whole, and only a pipeline cuts the stack of layers.
+        table: list[tuple[str, tuple[str, ...]]] = [("head_dim", ()), ("layers", (STAGE_AXIS,))]
         for field in dataclasses.fields(rules):
             value = getattr(rules, field.name)
             axes = tuple(part.strip() for part in value.split(",")) if value else ()
@@ -215,9 +215,6 @@ def _check_together(table: Mapping[str, tuple[str, ...]]) -> None:
                     f"rules.{name} and rules.{other} both take mesh axis {min(shared)}; "
                     f"take it out of one of them"
                 )
-    if not set(table["layers"]) <= {STAGE_AXIS}:
-        layers = ",".join(table["layers"])
-        raise ConfigError(f"rules.layers={layers} cannot work; set {STAGE_AXIS!r} or None")
 
 
 def check_divides(rules: Rules, mesh: Mesh, sizes: Mapping[str, tuple[int, str]]) -> None:
