@@ -19,6 +19,8 @@ from jaxscale.parallel.sharding import Rules
 # From the residual stream (B, L, D) and one block's parameters to the stream after it.
 RunBlock = Callable[[jax.Array, Any], jax.Array]
 Policy = Callable[..., Any]
+# Primitives whose results are not kept even where all activations are.
+RECOMPUTED = ("reshard", "slice", "squeeze", "logistic", "tanh", "erf")
 
 
 def run_blocks(
@@ -74,15 +76,22 @@ def _policy(model: ModelConfig, rules: Rules) -> Policy | None:
     )
 
 
-def _keep_activations(primitive: Any, *operands: Any, **_: Any) -> bool:
-    """Keep every activation, but no copy of weights.
+def _keep_activations(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Keep every activation, but no copy of weights, and nothing twice.
 
-    Gathered, they would undo FSDP's sharding; cut out of the stack, they would be held twice.
+    Gathered weights would undo FSDP's sharding; cut out of the stack, they would be held twice.
+    What an activation's nonlinearity would have kept is as quickly computed as read.
     """
-    of_gathered = any(operand.sharding.spec.reduced for operand in operands)
     if primitive.name == "dot_general":
         return True
-    return not (of_gathered or primitive.name in ("reshard", "slice", "squeeze"))
+    if primitive.name == "convert_element_type":
+        grows = params["new_dtype"].itemsize > operands[0].dtype.itemsize
+        return not (grows or _is_gathered(operands))
+    return not (primitive.name in RECOMPUTED or _is_gathered(operands))
+
+
+def _is_gathered(operands: tuple[Any, ...]) -> bool:
+    return any(operand.sharding.spec.reduced for operand in operands)
 
 
 def _layer(group: Any, number: int) -> Any:

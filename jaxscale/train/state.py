@@ -5,7 +5,7 @@ ahead-of-time compilation and the planner; `init_state` makes the real one, shar
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxscale.config import Config, ConfigError
+from jaxscale.config import OFFLOAD, Config, ConfigError
 from jaxscale.model.attention.attend import check_attention
 from jaxscale.model.decoder import Definition, Params, check_mesh, define
 from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
+from jaxscale.parallel.host_memory import check_host_memory, in_host_memory, to_host
 from jaxscale.parallel.mesh import STAGE_AXIS, make_mesh
 from jaxscale.parallel.sharding import Rules, check_divides, map_axes
 from jaxscale.train.loss_scale import LossScale, first_loss_scale
@@ -97,9 +98,20 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
         },
     )
     check_attention(config.model, rules, mesh, config.data.length)
+    _check_offload(config, mesh)
     definition = define(config.model, rules)
     optimizer = make_optimizer(config.optimizer, definition.axes)
     return Assembly(config, mesh, definition, optimizer, make_schedule(config.optimizer))
+
+
+def _check_offload(config: Config, mesh: Mesh) -> None:
+    if config.train.offload != "none":
+        knob = f"train.offload={config.train.offload}"
+        check_host_memory(mesh, knob, "set train.offload=none")
+    names = [name for name in config.model.remat_names if name.startswith(OFFLOAD)]
+    if names and config.model.remat == "names":
+        remedy = f"take {OFFLOAD} away, or set model.remat=full"
+        check_host_memory(mesh, f"model.remat_names={','.join(names)}", remedy)
 
 
 def optimizer_axes(definition: Definition) -> Any:
@@ -121,19 +133,31 @@ def in_float32(values: Any) -> Any:
 
 
 def start_state(assembly: Assembly, params: Params) -> TrainState:
-    """Return the state of step 0 around given parameters; for use under the mesh, jitted."""
+    """Return the state of step 0 around given parameters; for use under the mesh, jitted.
+
+    All of it lies on the device; `stored` brings it to where it lies between steps.
+    """
     axes = optimizer_axes(assembly.definition)
     optimizer = assembly.optimizer.init(in_float32(place(assembly.rules, params, axes)))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer, zero, zero, first_loss_scale(assembly.config))
 
 
+def stored(config: Config, state: TrainState, to_store: Callable[[Any], Any]) -> TrainState:
+    """Apply `to_store` to what lies in host memory between steps, as `train.offload` says."""
+    offload = config.train.offload
+    params = to_store(state.params) if offload == "all" else state.params
+    optimizer = state.optimizer if offload == "none" else to_store(state.optimizer)
+    return dataclasses.replace(state, params=params, optimizer=optimizer)
+
+
 def abstract_state(assembly: Assembly) -> TrainState:
-    """Return the state as ShapeDtypeStructs with shardings on the mesh."""
+    """Return the state as ShapeDtypeStructs with shardings on the mesh, where it lies stored."""
     params = assembly.definition.abstract(assembly.mesh)
     with jax.set_mesh(assembly.mesh):
         shapes = jax.eval_shape(lambda params: start_state(assembly, params), params)
-    return jax.tree.map(lambda leaf: _concrete(leaf, assembly.mesh), shapes)
+    state = jax.tree.map(lambda leaf: _concrete(leaf, assembly.mesh), shapes)
+    return stored(assembly.config, state, in_host_memory)
 
 
 def _concrete(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -167,8 +191,12 @@ def init_state(assembly: Assembly, params: Params | None = None) -> TrainState:
     """Make the state of step 0, sharded from birth, around given or newly drawn parameters."""
     params = init_params(assembly) if params is None else params
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(assembly))
+    # Memory of the device cannot become memory of the host.
+    donated = () if assembly.config.train.offload == "all" else (0,)
     with jax.set_mesh(assembly.mesh):
         make = jax.jit(
-            lambda params: start_state(assembly, params), out_shardings=shardings, donate_argnums=0
+            lambda params: stored(assembly.config, start_state(assembly, params), to_host),
+            out_shardings=shardings,
+            donate_argnums=donated,
         )
         return make(params)
