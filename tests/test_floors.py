@@ -39,9 +39,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "huggingface",
     ),
     "F4 programs": (
-        "inference train.loss_scale train.state train.step train.evaluate train.preemption "
-        "train.restore train.start train.log train.loop train.trained train.dry_run train.smoke "
-        "train.step_speed",
+        "inference train.loss_scale train.state train.memory train.step train.evaluate "
+        "train.preemption train.restore train.start train.log train.loop train.trained "
+        "train.dry_run train.smoke train.step_speed",
     ),
     "F5 around": (
         "export plan.memory plan.roofline plan.compile plan.rank",

@@ -6,7 +6,7 @@ same model code runs on one device and under export.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -215,6 +215,29 @@ def _check_together(table: Mapping[str, tuple[str, ...]]) -> None:
                     f"rules.{name} and rules.{other} both take mesh axis {min(shared)}; "
                     f"take it out of one of them"
                 )
+
+
+def finer_shardings(rules: Rules, mesh: Mesh, *, one_slice: bool) -> Iterator[tuple[str, Rules]]:
+    """Yield knobs that may cut parameters into more parts on a mesh, and the rules they amount to.
+
+    They are rules that have lost an axis which they have by default, and `fsdp` in place of `data`.
+
+    Args:
+      rules: the sharding rules.
+      mesh: the mesh.
+      one_slice: whether `data` is free to go, spanning no slow network.
+    """
+    default = Rules.make(RulesConfig())
+    for name in ("embed", "optimizer_embed", *BESIDE_TOKENS):
+        own = dict(rules.table)[name]
+        axes = own + tuple(axis for axis in default.mesh_axes(name, mesh) if axis not in own)
+        if axes != own:
+            yield f"rules.{name}={','.join(axes)}", rules.replace(**{name: axes})
+    replicas = mesh.shape["data"]
+    if one_slice and replicas > 1 and mesh.shape["fsdp"] == 1:
+        # On this mesh the axis `data` does what `fsdp` would do on the other.
+        moved = rules.replace(embed=("data",), optimizer_embed=("data",))
+        yield f"mesh.fsdp={replicas} instead of mesh.data={replicas}", moved
 
 
 def check_divides(rules: Rules, mesh: Mesh, sizes: Mapping[str, tuple[int, str]]) -> None:

@@ -18,6 +18,7 @@ from jaxscale.metrics import MetricsWriter, SystemMonitor, peak_flops, perplexit
 from jaxscale.model.cost import num_parameters, train_flops_per_token
 from jaxscale.optimizer import schedule_warning, unused_warning
 from jaxscale.train.evaluate import Evaluation
+from jaxscale.train.memory import memory_of_device, sharding_warning
 from jaxscale.train.start import Run
 from jaxscale.train.step import program_bytes
 
@@ -73,6 +74,7 @@ class StepLog:
         for warning in (
             schedule_warning(config.optimizer, config.train.steps),
             unused_warning(config.optimizer),
+            sharding_warning(self.run.assembly, memory_of_device(self.run.assembly.mesh)),
         ):
             if warning:
                 self.note(warning)
