@@ -44,6 +44,8 @@ REMAT_NAMES = (
     "up",
     "mlp_out",
 )
+# Before a name: kept in host memory.
+OFFLOAD = "offload:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,13 @@ class ModelConfig:
     )
     remat_names: tuple[str, ...] = knob(
         ("query", "key", "value", "context", "attention_out", "gate", "up"),
-        "named activations that remat=names keeps",
+        "named activations that remat=names keeps; offload:NAME keeps one in host memory",
+        free=True,
+    )
+    remat_every: int = knob(
+        1,
+        "only every so many-th block recomputes, as remat says; the others keep everything",
+        minimum=1,
         free=True,
     )
     scan_unroll: int = knob(1, "blocks per iteration of the layer scan", minimum=1, free=True)
@@ -141,7 +149,6 @@ class RulesConfig:
     vocab: str | None = knob("tensor,stage", "vocabulary of embedding and head")
     embed: str | None = knob("fsdp", "width dimension of parameters")
     optimizer_embed: str | None = knob("fsdp", "width dimension of optimizer state")
-    layers: str | None = knob("stage", "stacked blocks")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +169,6 @@ class DataConfig:
     local_cache_dir: str = knob(
         "", "folder of this host that token caches are copied into; empty = none", free=True
     )
-    prefetch_batches: int = knob(2, "batches held ready", minimum=1, free=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,14 +197,17 @@ class TrainConfig:
         minimum=-1,
         free=True,
     )
+    offload: str = knob(
+        "none",
+        "what lies in host memory between uses: nothing, optimizer state, or parameters too",
+        choices=("none", "optimizer", "all"),
+        free=True,
+    )
     gradient_reduce_dtype: str = knob(
         "float32", "dtype in which devices sum the gradients of matrices", choices=DTYPES
     )
     loss_scale: float = knob(
         0.0, "factor of the loss in float16's backward pass; 0 = dynamic, from 32768", minimum=0
-    )
-    stop_after_nonfinite: int = knob(
-        10, "end the run after so many skipped steps in a row", minimum=1, free=True
     )
     log_every: int = knob(10, "steps between metrics", minimum=1, free=True)
     eval_every: int = knob(

@@ -17,6 +17,9 @@ from typing import Any
 
 from jaxscale.config import Config, ConfigError, is_free
 
+# Knobs that there were once and that the config.json of an old run may hold.
+REMOVED = frozenset({"data.prefetch_batches", "rules.layers", "train.stop_after_nonfinite"})
+
 
 def load(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Read `FILE[:ARG]` and apply overrides such as `("train.steps", "100")`, later ones winning.
@@ -66,6 +69,18 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
     return config
 
 
+def from_saved(values: Mapping[str, Any]) -> Config:
+    """Build a Config from what `to_mapping` once gave; knobs that are gone since are dropped."""
+    return from_mapping(
+        {
+            section: {k: v for k, v in knobs.items() if f"{section}.{k}" not in REMOVED}
+            if isinstance(knobs, Mapping)
+            else knobs
+            for section, knobs in values.items()
+        }
+    )
+
+
 def override(config: Config, key: str, text: str) -> Config:
     """Set one knob, `key` as in "mesh.tensor", from its text on the command line."""
     kind = _knob_type(key)
@@ -73,7 +88,7 @@ def override(config: Config, key: str, text: str) -> Config:
 
 
 def to_mapping(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the config as nested dicts for JSON; `from_mapping` reads them back."""
+    """Return the config as nested dicts for JSON; `from_saved` reads them back."""
     mapping = dataclasses.asdict(config)
     return {
         section: {k: list(v) if isinstance(v, tuple) else v for k, v in knobs.items()}

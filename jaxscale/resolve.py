@@ -5,10 +5,12 @@ be checked without devices; every verb calls `resolve` before it does anything.
 """
 
 import dataclasses
+import difflib
 from typing import Any
 
 from jaxscale.config import (
     MAX_SEED,
+    OFFLOAD,
     REMAT_NAMES,
     Config,
     ConfigError,
@@ -99,17 +101,7 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
             f"model.num_kv_heads={model.num_kv_heads} does not divide "
             f"model.num_heads={model.num_heads}"
         )
-    unknown = [name for name in model.remat_names if name not in REMAT_NAMES]
-    if unknown:
-        raise ConfigError(
-            f"model.remat_names names no activation {unknown[0]!r}; there are "
-            f"{', '.join(REMAT_NAMES)}"
-        )
-    if 1 < model.scan_unroll < model.num_layers and model.remat != "full":
-        raise ConfigError(
-            f"model.scan_unroll={model.scan_unroll} unrolls in parts, which needs "
-            f"model.remat=full; take 1 or model.num_layers={model.num_layers}"
-        )
+    _check_remat(model)
     if model.positions == "rotary" and model.head_dim % 2:
         raise ConfigError(
             f"model.head_dim={model.head_dim} is odd; rotary positions need pairs of features"
@@ -118,6 +110,35 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
         raise ConfigError(
             f"data.length={data.length} exceeds model.max_length={model.max_length}; "
             "raise model.max_length or use model.positions=rotary"
+        )
+
+
+def _check_remat(model: ModelConfig) -> None:
+    for entry in model.remat_names:
+        name = entry.removeprefix(OFFLOAD)
+        if name not in REMAT_NAMES:
+            nearest = difflib.get_close_matches(name, REMAT_NAMES, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"model.remat_names names no activation {entry!r}; did you mean "
+                f"{entry.removesuffix(name)}{nearest}? There are {', '.join(REMAT_NAMES)}, and "
+                f"{OFFLOAD}NAME"
+            )
+        if entry != name and name in model.remat_names:
+            raise ConfigError(
+                f"model.remat_names has both {name} and {entry}; keep it on the device or in host "
+                "memory"
+            )
+    if model.num_layers % model.remat_every:
+        raise ConfigError(
+            f"model.remat_every={model.remat_every} does not divide "
+            f"model.num_layers={model.num_layers}"
+        )
+    in_parts = 1 < model.scan_unroll < model.num_layers
+    if in_parts and (model.remat != "full" or model.remat_every > 1):
+        raise ConfigError(
+            f"model.scan_unroll={model.scan_unroll} unrolls in parts, which needs "
+            "model.remat=full and model.remat_every=1; take 1 or "
+            f"model.num_layers={model.num_layers}"
         )
 
 

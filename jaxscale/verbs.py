@@ -208,11 +208,10 @@ def train(args: argparse.Namespace) -> int:
     if result.ending == loop.PREEMPTED:
         print(f"stopped after step {result.step}, saved; the same command goes on")
     elif result.ending == loop.NON_FINITE:
-        limit = config.train.stop_after_nonfinite
         print(
-            f"jaxscale: {limit} steps in a row had a non-finite loss or gradient "
-            f"(train.stop_after_nonfinite={limit}); go on from the last checkpoint with "
-            "--allow-config-change and a lower optimizer.learning_rate",
+            f"jaxscale: {loop.MOST_BAD_STEPS} steps in a row had a non-finite loss or gradient; "
+            "go on from the last checkpoint with --allow-config-change and a lower "
+            "optimizer.learning_rate",
             file=sys.stderr,
         )
     else:

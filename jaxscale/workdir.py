@@ -31,7 +31,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
             f"{path} is damaged ({error}); take a new workdir, or write it again: "
             f"{records.CHECKPOINTS_DIR}/STEP/meta/metadata has it under `config`"
         ) from error
-    return config_source.from_mapping(values)
+    return config_source.from_saved(values)
 
 
 def previous_config(workdir: str | os.PathLike[str]) -> Config | None:

@@ -90,7 +90,18 @@ def test_a_wrong_override_is_named(key: str, text: str, message: str) -> None:
 def test_a_config_survives_json() -> None:
     config = config_source.override(Config(), "runtime.profile_steps", "3,4")
     text = json.dumps(config_source.to_mapping(config))
-    assert config_source.from_mapping(json.loads(text)) == config
+    assert config_source.from_saved(json.loads(text)) == config
+
+
+def test_a_saved_config_may_hold_knobs_that_are_gone_and_none_that_never_were() -> None:
+    saved = config_source.to_mapping(Config())
+    saved["data"]["prefetch_batches"] = 4
+    saved["rules"]["layers"] = None
+    assert config_source.from_saved(saved) == Config()
+    with pytest.raises(ConfigError, match="unknown knob rules.layers"):
+        config_source.from_mapping({"rules": {"layers": "stage"}})
+    with pytest.raises(ConfigError, match="unknown knob data.prefetched"):
+        config_source.from_saved({"data": {"prefetched": 4}})
 
 
 def test_differences_tell_what_defines_the_run_from_what_does_not() -> None:

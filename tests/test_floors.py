@@ -21,14 +21,14 @@ PACKAGE = ROOT / "jaxscale"
 FLOORS: dict[str, tuple[str, ...]] = {
     "F0 words": ("config config_source resolve hardware records runtime",),
     "F1 parallel": (
-        "parallel.mesh parallel.sharding parallel.by_layer parallel.pipeline parallel.program "
-        "parallel.probes",
+        "parallel.mesh parallel.sharding parallel.host_memory parallel.by_layer parallel.pipeline "
+        "parallel.program parallel.probes",
         "bundle.format bundle.programs bundle.sampling bundle.scheduler bundle.engine",
     ),
     "F2 model": (
         "model.contract model.attention.dense model.attention.chunked model.attention.flash "
         "model.attention.ring model.attention.all_to_all model.attention.attend model.cache "
-        "model.layers model.decoder model.loss model.cost",
+        "model.layers model.remat model.decoder model.loss model.cost",
     ),
     "F3 services": (
         "data.workers data.python_stdlib data.documents data.storage data.files data.tfds_source "
@@ -39,9 +39,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "huggingface",
     ),
     "F4 programs": (
-        "inference train.loss_scale train.state train.step train.evaluate train.preemption "
-        "train.restore train.start train.log train.loop train.trained train.dry_run train.smoke "
-        "train.step_speed",
+        "inference train.loss_scale train.state train.memory train.step train.evaluate "
+        "train.preemption train.restore train.start train.log train.loop train.trained "
+        "train.dry_run train.smoke train.step_speed",
     ),
     "F5 around": (
         "export plan.memory plan.roofline plan.compile plan.rank",

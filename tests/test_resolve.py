@@ -65,9 +65,19 @@ WRONG = {
     ),
     "mesh.tensor=0; use 1 for off": Config(mesh=MeshConfig(tensor=0)),
     "mesh.data and mesh.fsdp are both -1": Config(mesh=MeshConfig(fsdp=-1)),
-    "model.remat_names names no activation 'queries'": Config(
+    "model.remat_names names no activation 'queries'; did you mean query?": Config(
         model=ModelConfig(remat="names", remat_names=("queries",))
     ),
+    "no activation 'offload:contxt'; did you mean offload:context?": Config(
+        model=ModelConfig(remat="names", remat_names=("query", "offload:contxt"))
+    ),
+    "model.remat_names has both up and offload:up": Config(
+        model=ModelConfig(remat="names", remat_names=("up", "offload:up"))
+    ),
+    "model.remat_every=3 does not divide model.num_layers=8": Config(
+        model=ModelConfig(remat_every=3)
+    ),
+    "model.scan_unroll=2 unrolls in parts": Config(model=ModelConfig(remat_every=2, scan_unroll=2)),
     "model.scan_unroll=3 unrolls in parts": Config(model=ModelConfig(remat="none", scan_unroll=3)),
     "optimizer.epsilon=0.0 is nothing in float32": Config(optimizer=OptimizerConfig(epsilon=0.0)),
     "optimizer.epsilon=1e-50 is nothing in float32": Config(

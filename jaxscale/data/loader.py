@@ -30,6 +30,8 @@ HostBatch = dict[str, np.ndarray]
 Batch = dict[str, Any]
 
 READ_THREADS = 4
+# Batches held ready.
+PREFETCH_BATCHES = 2
 # Files that a process opens beside those of token caches, at most: JAX's, checkpoints, logs.
 OTHER_FILES = 512
 
@@ -195,7 +197,7 @@ class Loader:
 
         Args:
           cache: The tokens.
-          data: Of it, length, window_stride, document_mask and prefetch_batches count.
+          data: Of it, length, window_stride and document_mask count.
           global_batch_size: Rows of a batch over all processes, B.
           seed: Decides the order of the training windows.
           sharding: Of a (B, L) array, over the devices of all processes; None gives numpy arrays.
@@ -205,7 +207,7 @@ class Loader:
             open as many files as the caches have.
         """
         mixture = cache if isinstance(cache, Mixture) else Mixture((cache,))
-        self.cache, self._data, self._sharding = mixture, data, sharding
+        self.cache, self._sharding = mixture, sharding
         self._shape = (global_batch_size, data.length)
         self.windows, self.validation_windows = (
             mixed_windows(mixture, name, data) for name in token_cache.SPLITS
@@ -220,12 +222,13 @@ class Loader:
         ]
         self.local_rows = _local_rows(sharding, self._shape)
 
-    def batches(self, start_step: int = 0) -> Generator[Batch]:
-        """Yield the training batches from `start_step` on, without end.
+    def batches(self, start_step: int = 0, *, prefetch: int = PREFETCH_BATCHES) -> Generator[Batch]:
+        """Yield the training batches from `start_step` on, without end, `prefetch` held ready.
 
         Closing the iterator, or dropping it, ends its threads.
         """
-        return self._read_ahead(self._training_row, start=start_step, stop=sys.maxsize)
+        steps = range(start_step, sys.maxsize)
+        return self._read_ahead(self._training_row, steps, prefetch)
 
     def evaluation_batches(self, num_batches: int = 0) -> Generator[Batch]:
         """Yield the validation windows in order, each once; 0 batches are all of them.
@@ -236,8 +239,8 @@ class Loader:
           ConfigError: the validation split is shorter than a window.
         """
         self.validation_windows.check_not_empty()
-        stop = -(-self.num_evaluation_windows(num_batches) // self._shape[0])
-        return self._read_ahead(self._validation_row, start=0, stop=stop)
+        steps = range(-(-self.num_evaluation_windows(num_batches) // self._shape[0]))
+        return self._read_ahead(self._validation_row, steps, PREFETCH_BATCHES)
 
     def num_evaluation_windows(self, num_batches: int = 0) -> int:
         """Return how many windows `evaluation_batches(num_batches)` covers."""
@@ -264,15 +267,16 @@ class Loader:
         }
 
     def _read_ahead(
-        self, row_at: Callable[[int], HostBatch], *, start: int, stop: int
+        self, row_at: Callable[[int], HostBatch], steps: range, prefetch: int
     ) -> Generator[Batch]:
         """Read batches in threads and place each on the devices while the one before is used."""
         source = _HostBatches(row_at, self.local_rows, *self._shape)
-        prefetch = self._data.prefetch_batches
         options = grain.ReadOptions(
             num_threads=min(READ_THREADS, prefetch), prefetch_buffer_size=prefetch
         )
-        reader = iter(grain.MapDataset.source(source)[start:stop].to_iter_dataset(options))
+        reader = iter(
+            grain.MapDataset.source(source)[steps.start : steps.stop].to_iter_dataset(options)
+        )
         with contextlib.closing(reader):
             placed = self.place(next(reader))
             for host_batch in reader:

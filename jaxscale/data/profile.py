@@ -114,15 +114,12 @@ def profile_pipeline(
         path = scratch / "cache"
         write_cache(dataclasses.replace(data, validation_fraction=0.0), work, path, Running(1))
         cache = TokenCache(path)
-        make = functools.partial(
-            Loader, cache, global_batch_size=global_batch_size, seed=0, sharding=sharding
-        )
-        loader = make(data)
+        loader = Loader(cache, data, global_batch_size=global_batch_size, seed=0, sharding=sharding)
         return [
             *_tokenizing_stages(sample, tokenizer, scratch),
             *_tokenizing(work, cache),
             *_loading_stages(loader),
-            *_loading(make, data),
+            *_loading(loader),
         ]
 
 
@@ -317,14 +314,13 @@ class Files:
         return os.pread(file, end - begin, begin)
 
 
-def _loading(make: Callable[[DataConfig], Loader], data: DataConfig) -> list[Rate]:
+def _loading(loader: Loader) -> list[Rate]:
     """Measure batches on the devices, one after the other, by the number of reading threads."""
     rates = []
+    tokens_per_batch = len(loader.local_rows) * loader.windows.parts[0].length
+    count = _num_batches(tokens_per_batch)
     for threads in sorted({1, 2, READ_THREADS}):
-        loader = make(dataclasses.replace(data, prefetch_batches=threads))
-        tokens_per_batch = len(loader.local_rows) * data.length
-        count = _num_batches(tokens_per_batch)
-        with contextlib.closing(loader.batches()) as batches:
+        with contextlib.closing(loader.batches(prefetch=threads)) as batches:
 
             def load(batches: Any = batches, count: int = count) -> None:
                 for batch in itertools.islice(batches, count):

@@ -22,6 +22,8 @@ from jaxscale.model.attention.dense import Span
 from jaxscale.model.cache import Cache
 from jaxscale.model.contract import contract
 from jaxscale.model.layers import MLP, Attention, Norm, gathered, looked_up, matrix
+from jaxscale.model.remat import run_blocks
+from jaxscale.parallel.host_memory import to_device
 from jaxscale.parallel.pipeline import pipelined, stage_order
 from jaxscale.parallel.sharding import Axis, Rules, check_divides, map_axes
 
@@ -101,35 +103,21 @@ class Decoder(nnx.Module):
             weights, layer_cache = layer
             return nnx.merge(graphdef, weights)(x_BLD, span, layer_cache)
 
-        run_block = self._rematerialised(run_block)
+        def run_stage(blocks: Any, x_BLD: jax.Array, span: Span) -> jax.Array:
+            run = lambda x_BLD, weights: run_block(span, x_BLD, (weights, None))[0]  # noqa: E731
+            return run_blocks(run, x_BLD, blocks, model, rules)
+
         if cache is not None:
             layers = (self._on_every_stage(), cache)
-            x_BLD, cache = jax.lax.scan(
-                functools.partial(run_block, span), x_BLD, layers, unroll=model.scan_unroll
-            )
+            run_cached = functools.partial(run_block, span)
+            x_BLD, cache = jax.lax.scan(run_cached, x_BLD, layers, unroll=model.scan_unroll)
         elif rules.mesh_axes("layers"):
             x_BLD = pipelined(
-                functools.partial(self._run_blocks, run_block),
-                self.blocks,
-                x_BLD,
-                span,
-                num_microbatches=num_microbatches,
-                rules=rules,
+                run_stage, self.blocks, x_BLD, span, num_microbatches=num_microbatches, rules=rules
             )
         else:
-            x_BLD = self._run_blocks(run_block, self.blocks, x_BLD, span)
+            x_BLD = run_stage(self.blocks, x_BLD, span)
         return self.norm(x_BLD), cache
-
-    def _run_blocks(self, run_block: Any, blocks: Any, x_BLD: jax.Array, span: Span) -> jax.Array:
-        """Run stacked blocks, all of the decoder's or those of a stage, one after the other."""
-        count = jax.tree.leaves(blocks)[0].shape[0]
-        if self.model.scan_unroll < count:
-            run = functools.partial(run_block, span)
-            return jax.lax.scan(run, x_BLD, (blocks, None), unroll=self.model.scan_unroll)[0]
-        # Written out, and not by scan, which would stack what the backward pass needs.
-        for weights in _unstacked(blocks, count):
-            x_BLD, _ = run_block(span, x_BLD, (weights, None))
-        return x_BLD
 
     def _on_every_stage(self) -> Any:
         """Return the blocks' parameters whole along the stages, as generating text needs them."""
@@ -138,22 +126,6 @@ class Decoder(nnx.Module):
         stages = self.rules.num_shards("layers")
         order = stage_order(self.model.num_layers, stages, self.rules.pipeline_rounds)
         return jax.tree.map(lambda stack: _whole(stack)[np.argsort(order)], self.blocks)
-
-    def _rematerialised(self, run_block: Any) -> Any:
-        """Wrap a block so that the backward pass recomputes what `model.remat` does not keep."""
-        remat, policies = self.model.remat, jax.checkpoint_policies
-        if remat == "none" and not self.rules.mesh_axes("embed"):
-            return run_block
-        policy = {
-            "none": _keep_all_but_gathered,
-            "full": policies.nothing_saveable,
-            # Those of weights alone: attention's scores have batch dimensions and grow with
-            # length^2.
-            "dots": policies.dots_with_no_batch_dims_saveable,
-            "names": policies.save_only_these_names(*self.model.remat_names),
-        }
-        # A scan needs no barrier against common subexpressions between forward and backward pass.
-        return jax.checkpoint(run_block, policy=policy[remat], prevent_cse=False)
 
     def head_weights(self) -> jax.Array:
         """Return the head's weights, whole along FSDP: (D, V), or (V, D) if tied."""
@@ -177,25 +149,9 @@ class Decoder(nnx.Module):
         )
 
 
-def _keep_all_but_gathered(primitive: Any, *operands: Any, **_: Any) -> bool:
-    """Keep every activation, but gather weights anew: kept, they would undo FSDP's sharding."""
-    of_gathered = any(operand.sharding.spec.reduced for operand in operands)
-    return primitive.name == "dot_general" or not (of_gathered or primitive.name == "reshard")
-
-
 def _whole(stack: jax.Array) -> jax.Array:
     _, *rest = jax.typeof(stack).sharding.spec
     return jax.reshard(stack, PartitionSpec(None, *rest))
-
-
-def _unstacked(blocks: Any, count: int) -> list[Any]:
-    """Return the parameters of each block; their gradients are stacked again in one go."""
-    leaves, structure = jax.tree.flatten(blocks)
-    parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
-    return [
-        jax.tree.unflatten(structure, [jax.lax.squeeze(part[i], (0,)) for part in parts])
-        for i in range(count)
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +178,11 @@ class Definition:
         return nnx.to_pure_dict(nnx.split(decoder)[1])
 
     def bind(self, params: Params) -> Decoder:
-        """Return a Decoder that computes with these parameters; for use inside jit."""
-        return nnx.merge(self.graphdef, params)
+        """Return a Decoder that computes with these parameters; for use inside jit.
+
+        Those in host memory are fetched.
+        """
+        return nnx.merge(self.graphdef, to_device(params))
 
     def shardings(self, mesh: Mesh) -> Params:
         """Return the NamedSharding of every parameter on `mesh`."""

@@ -6,7 +6,7 @@ same model code runs on one device and under export.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,8 +47,8 @@ class Rules:
         Raises:
           ConfigError: a rule names an unknown mesh axis, or one twice.
         """
-        # A head is computed whole.
-        table: list[tuple[str, tuple[str, ...]]] = [("head_dim", ())]
+        # A head is computed whole, and only a pipeline cuts the stack of layers.
+        table: list[tuple[str, tuple[str, ...]]] = [("head_dim", ()), ("layers", (STAGE_AXIS,))]
         for field in dataclasses.fields(rules):
             value = getattr(rules, field.name)
             axes = tuple(part.strip() for part in value.split(",")) if value else ()
@@ -219,9 +219,29 @@ def _check_together(table: Mapping[str, tuple[str, ...]]) -> None:
                     f"rules.{name} and rules.{other} both take mesh axis {min(shared)}; "
                     f"take it out of one of them"
                 )
-    if not set(table["layers"]) <= {STAGE_AXIS}:
-        layers = ",".join(table["layers"])
-        raise ConfigError(f"rules.layers={layers} cannot work; set {STAGE_AXIS!r} or None")
+
+
+def finer_shardings(rules: Rules, mesh: Mesh, *, one_slice: bool) -> Iterator[tuple[str, Rules]]:
+    """Yield knobs that may cut parameters into more parts on a mesh, and the rules they amount to.
+
+    They are rules that have lost an axis which they have by default, and `fsdp` in place of `data`.
+
+    Args:
+      rules: the sharding rules.
+      mesh: the mesh.
+      one_slice: whether `data` is free to go, spanning no slow network.
+    """
+    default = Rules.make(RulesConfig())
+    for name in ("embed", "optimizer_embed", *BESIDE_TOKENS):
+        own = dict(rules.table)[name]
+        axes = own + tuple(axis for axis in default.mesh_axes(name, mesh) if axis not in own)
+        if axes != own:
+            yield f"rules.{name}={','.join(axes)}", rules.replace(**{name: axes})
+    replicas = mesh.shape["data"]
+    if one_slice and replicas > 1 and mesh.shape["fsdp"] == 1:
+        # On this mesh the axis `data` does what `fsdp` would do on the other.
+        moved = rules.replace(embed=("data",), optimizer_embed=("data",))
+        yield f"mesh.fsdp={replicas} instead of mesh.data={replicas}", moved
 
 
 def check_divides(rules: Rules, mesh: Mesh, sizes: Mapping[str, tuple[int, str]]) -> None:

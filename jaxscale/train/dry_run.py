@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import psutil
-from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -22,6 +20,7 @@ from jaxscale.config import Config
 from jaxscale.model.cost import num_parameters, train_flops_per_token
 from jaxscale.parallel.mesh import STAGE_AXIS
 from jaxscale.parallel.pipeline import bubble_words
+from jaxscale.train.memory import bytes_on_device, bytes_on_host, memory_of_device
 from jaxscale.train.state import abstract_batch, abstract_state, assemble
 from jaxscale.train.step import compile_step, program_bytes
 
@@ -37,7 +36,7 @@ class ArrayRow:
       axes: the logical axis of each dimension; None for one that no rule cuts.
       sharding: the mesh axes that cut each dimension.
       device_shape: the part that one device holds.
-      device_bytes: of that part.
+      device_bytes: of that part, on the device or in host memory.
     """
 
     name: str
@@ -60,6 +59,7 @@ class DryRun:
       num_parameters: scalars in all of them.
       params_bytes: parameters.
       optimizer_bytes: optimizer state.
+      host_bytes: parameters and optimizer state that lie in host memory; they count there alone.
       batch_bytes: one global batch.
       step_bytes: what the compiled step needs: state, batch, results and temporaries.
       device_bytes: memory there is; on CPUs an equal share of the host's.
@@ -75,6 +75,7 @@ class DryRun:
     num_parameters: int
     params_bytes: int
     optimizer_bytes: int
+    host_bytes: int
     batch_bytes: int
     step_bytes: int | None
     device_bytes: int
@@ -110,6 +111,7 @@ def dry_run(config: Config) -> DryRun:
         num_parameters=num_parameters(state.params),
         params_bytes=bytes_on_device(state.params),
         optimizer_bytes=bytes_on_device(state.optimizer),
+        host_bytes=bytes_on_host(state),
         batch_bytes=bytes_on_device(abstract_batch(assembly)),
         step_bytes=program_bytes(program),
         device_bytes=memory_of_device(assembly.mesh),
@@ -132,27 +134,12 @@ def _rows(params: Any, axes: Any) -> Iterator[ArrayRow]:
             axes=logical,
             sharding=tuple(",".join(_names(part)) for part in spec),
             device_shape=leaf.sharding.shard_shape(leaf.shape),
-            device_bytes=bytes_on_device(leaf),
+            device_bytes=bytes_on_device(leaf) + bytes_on_host(leaf),
         )
 
 
 def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
-
-
-def bytes_on_device(tree: Any) -> int:
-    """Return the bytes that one device holds of a pytree of abstract arrays."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def memory_of_device(mesh: Mesh) -> int:
-    """Return the memory of the smallest local device, in bytes."""
-    local = mesh.local_devices
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in local]
-    return int(min(limits) or psutil.virtual_memory().total // len(local))
 
 
 def render(result: DryRun) -> Group:
@@ -176,6 +163,8 @@ def _totals(result: DryRun) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{result.num_parameters:,} in {dtypes}"
     yield "parameters per device", _bytes(result.params_bytes)
     yield "optimizer state per device", _bytes(result.optimizer_bytes)
+    if result.host_bytes:
+        yield "in host memory per device", _bytes(result.host_bytes)
     yield "batch per device", _bytes(result.batch_bytes)
     step = "unknown" if result.step_bytes is None else _bytes(result.step_bytes)
     yield "compiled step per device", f"{step} of {_bytes(result.device_bytes)}"

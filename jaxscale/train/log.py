@@ -20,6 +20,7 @@ from jaxscale.optimizer import schedule_warning, unused_warning
 from jaxscale.parallel.mesh import STAGE_AXIS
 from jaxscale.parallel.pipeline import bubble_words
 from jaxscale.train.evaluate import Evaluation
+from jaxscale.train.memory import memory_of_device, sharding_warning
 from jaxscale.train.start import Run
 from jaxscale.train.step import program_bytes
 
@@ -77,6 +78,7 @@ class StepLog:
             schedule_warning(config.optimizer, config.train.steps),
             unused_warning(config.optimizer),
             bubble_words(num_stages, train.accumulation_steps, train.pipeline_rounds),
+            sharding_warning(self.run.assembly, memory_of_device(self.run.assembly.mesh)),
         ):
             if warning:
                 self.note(warning)

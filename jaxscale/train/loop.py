@@ -28,6 +28,8 @@ from jaxscale.train.step import compile_step
 
 DONE, PREEMPTED, NON_FINITE = "done", "preempted", "non-finite"
 SAMPLE_TOKENS = 96
+# Steps in a row without a finite loss and gradient, after which a run has no hope.
+MOST_BAD_STEPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +119,13 @@ def _loop(run: Run, program: Any, log: StepLog, stop: StopRequest) -> TrainResul
                 bad_steps = log.step(step - 1, previous) if previous else 0
             profiler.after(step, metrics)
             previous, step = metrics, step + 1
-            if bad_steps >= config.train.stop_after_nonfinite:
+            if bad_steps >= MOST_BAD_STEPS:
                 break
             aside.look(state, step)
         if previous:
             with goodput.measure(records.STEP_SECONDS):
                 bad_steps = log.step(step - 1, previous, last=True)
-    if bad_steps >= config.train.stop_after_nonfinite:
+    if bad_steps >= MOST_BAD_STEPS:
         ending = NON_FINITE
     if ending != NON_FINITE:
         aside.save(state, step)

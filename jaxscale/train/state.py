@@ -5,7 +5,7 @@ ahead-of-time compilation and the planner; `init_state` makes the real one, shar
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxscale.config import Config
+from jaxscale.config import OFFLOAD, Config, ConfigError, ModelConfig
 from jaxscale.model.attention.attend import check_attention
 from jaxscale.model.decoder import Definition, Params, check_mesh, define
 from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
+from jaxscale.parallel.host_memory import (
+    check_host_memory,
+    in_host_memory,
+    is_on_host,
+    to_device,
+    to_host,
+)
 from jaxscale.parallel.mesh import STAGE_AXIS, make_mesh
 from jaxscale.parallel.pipeline import check_pipeline, stage_order
 from jaxscale.parallel.sharding import Rules, check_divides, map_axes
@@ -106,10 +113,31 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
         train.accumulation_steps,
         train.pipeline_rounds,
     )
+    _check_groups(config.model, mesh.shape[STAGE_AXIS], train.pipeline_rounds)
     check_attention(config.model, rules, mesh, config.data.length)
+    _check_offload(config, mesh)
     definition = define(config.model, rules)
     optimizer = make_optimizer(config.optimizer, definition.axes)
     return Assembly(config, mesh, definition, optimizer, make_schedule(config.optimizer))
+
+
+def _check_groups(model: ModelConfig, num_stages: int, rounds: int) -> None:
+    layers = model.num_layers // num_stages // (rounds if num_stages > 1 else 1)
+    if layers % model.remat_every:
+        raise ConfigError(
+            f"model.remat_every={model.remat_every} does not divide the {layers} layers that a "
+            f"stage has of model.num_layers={model.num_layers}; take one that does"
+        )
+
+
+def _check_offload(config: Config, mesh: Mesh) -> None:
+    if config.train.offload != "none":
+        knob = f"train.offload={config.train.offload}"
+        check_host_memory(mesh, knob, "set train.offload=none")
+    names = [name for name in config.model.remat_names if name.startswith(OFFLOAD)]
+    if names and config.model.remat == "names":
+        remedy = f"take {OFFLOAD} away, or set model.remat=full"
+        check_host_memory(mesh, f"model.remat_names={','.join(names)}", remedy)
 
 
 def optimizer_axes(definition: Definition) -> Any:
@@ -131,19 +159,31 @@ def in_float32(values: Any) -> Any:
 
 
 def start_state(assembly: Assembly, params: Params) -> TrainState:
-    """Return the state of step 0 around given parameters; for use under the mesh, jitted."""
+    """Return the state of step 0 around given parameters; for use under the mesh, jitted.
+
+    All of it lies on the device; `stored` brings it to where it lies between steps.
+    """
     axes = optimizer_axes(assembly.definition)
     optimizer = assembly.optimizer.init(in_float32(place(assembly.rules, params, axes)))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer, zero, zero, first_loss_scale(assembly.config))
 
 
+def stored(config: Config, state: TrainState, to_store: Callable[[Any], Any]) -> TrainState:
+    """Apply `to_store` to what lies in host memory between steps, as `train.offload` says."""
+    offload = config.train.offload
+    params = to_store(state.params) if offload == "all" else state.params
+    optimizer = state.optimizer if offload == "none" else to_store(state.optimizer)
+    return dataclasses.replace(state, params=params, optimizer=optimizer)
+
+
 def abstract_state(assembly: Assembly) -> TrainState:
-    """Return the state as ShapeDtypeStructs with shardings on the mesh."""
+    """Return the state as ShapeDtypeStructs with shardings on the mesh, where it lies stored."""
     params = assembly.definition.abstract(assembly.mesh)
     with jax.set_mesh(assembly.mesh):
         shapes = jax.eval_shape(lambda params: start_state(assembly, params), params)
-    return jax.tree.map(lambda leaf: _concrete(leaf, assembly.mesh), shapes)
+    state = jax.tree.map(lambda leaf: _concrete(leaf, assembly.mesh), shapes)
+    return stored(assembly.config, state, in_host_memory)
 
 
 def _concrete(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -201,8 +241,14 @@ def _move_layers(assembly: Assembly, tree: Any, order: np.ndarray) -> Any:
     if (order == np.arange(len(order))).all():
         return tree
     shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
+    on_host = jax.tree.map(is_on_host, tree)
+
+    def move(tree: Any) -> Any:
+        moved = _reordered(to_device(tree), order)
+        return jax.tree.map(lambda leaf, host: to_host(leaf) if host else leaf, moved, on_host)
+
     with jax.set_mesh(assembly.mesh):
-        return jax.jit(lambda tree: _reordered(tree, order), out_shardings=shardings)(tree)
+        return jax.jit(move, out_shardings=shardings)(tree)
 
 
 def _reordered(tree: Any, order: np.ndarray) -> Any:
@@ -224,8 +270,12 @@ def init_state(assembly: Assembly, params: Params | None = None) -> TrainState:
     """Make the state of step 0, sharded from birth, around given or newly drawn parameters."""
     params = init_params(assembly) if params is None else params
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(assembly))
+    # Memory of the device cannot become memory of the host.
+    donated = () if assembly.config.train.offload == "all" else (0,)
     with jax.set_mesh(assembly.mesh):
         make = jax.jit(
-            lambda params: start_state(assembly, params), out_shardings=shardings, donate_argnums=0
+            lambda params: stored(assembly.config, start_state(assembly, params), to_host),
+            out_shardings=shardings,
+            donate_argnums=donated,
         )
         return make(params)

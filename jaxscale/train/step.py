@@ -5,6 +5,7 @@ The same function serves the real run, the dry run, the planner and the tests.
 
 # B batch, L query length, A accumulation steps
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxscale.model.attention.attend import in_token_order
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.decoder import Definition, Params
 from jaxscale.model.loss import loss_sum
+from jaxscale.parallel.host_memory import to_device, to_host
 from jaxscale.parallel.mesh import STAGE_AXIS
 from jaxscale.parallel.pipeline import cut_rows
 from jaxscale.parallel.sharding import Rules
@@ -30,6 +32,7 @@ from jaxscale.train.state import (
     in_float32,
     optimizer_axes,
     place,
+    stored,
 )
 
 Metrics = dict[str, jax.Array]
@@ -147,11 +150,16 @@ def batch_hash(batch: Batch, rules: Rules) -> jax.Array:
 
 def train_step(assembly: Assembly, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """Return the next state and the step's metrics; a non-finite step leaves the weights alone."""
+    state = dataclasses.replace(state, params=to_device(state.params))
     factor = loss_factor(assembly.config, state.loss_scale)
     loss, gradients = loss_and_gradients(assembly, state.params, batch, factor)
     gradient_norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     learning_rate = assembly.schedule(state.step)
+    if assembly.config.train.offload != "none":
+        # Fetched when the activations are gone, and not before.
+        gradients, optimizer = jax.lax.optimization_barrier((gradients, state.optimizer))
+        state = dataclasses.replace(state, optimizer=to_device(optimizer))
     params, optimizer = updated(assembly, state, gradients, learning_rate)
     keep = functools.partial(jnp.where, is_finite)
     bad = 1 - is_finite.astype(jnp.int32)
@@ -175,7 +183,7 @@ def train_step(assembly: Assembly, state: TrainState, batch: Batch) -> tuple[Tra
     }
     if factor is not None:
         metrics[records.LOSS_SCALE] = factor
-    return state, metrics
+    return stored(assembly.config, state, to_host), metrics
 
 
 def updated(

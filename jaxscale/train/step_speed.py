@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxscale import runtime
 from jaxscale.config import Config, ConfigError
-from jaxscale.train.dry_run import bytes_on_device, memory_of_device
+from jaxscale.train.memory import bytes_on_device, memory_of_device
 from jaxscale.train.state import abstract_batch, abstract_state, assemble, init_state
 from jaxscale.train.step import compile_step, program_bytes
 

@@ -18,6 +18,7 @@ from jaxscale.checkpoint import Checkpointer
 from jaxscale.config import CheckpointConfig, ConfigError
 from jaxscale.goodput import read_goodput
 from jaxscale.model.cost import train_flops_per_token
+from jaxscale.train import loop
 from jaxscale.train.loop import DONE, NON_FINITE, TrainResult, train
 from jaxscale.train.state import assemble
 from jaxscale.train.step import compile_step
@@ -246,9 +247,10 @@ DIVERGING = {"optimizer__learning_rate": 1e30, "optimizer__warmup_steps": 0}
 
 
 def test_too_many_bad_steps_end_the_run_and_leave_the_weights_alone(
-    make_config: Any, tmp_path: pathlib.Path
+    make_config: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(train__steps=50, train__stop_after_nonfinite=3, **DIVERGING)
+    monkeypatch.setattr(loop, "MOST_BAD_STEPS", 3)
+    config = make_config(train__steps=50, **DIVERGING)
     result = train(config, tmp_path)
     assert result.ending == NON_FINITE
     lines = last_lines(tmp_path)
@@ -258,16 +260,20 @@ def test_too_many_bad_steps_end_the_run_and_leave_the_weights_alone(
     assert result.step < 10
 
 
-def test_a_limit_reached_on_the_last_step_counts(make_config: Any, tmp_path: pathlib.Path) -> None:
-    config = make_config(train__steps=4, train__stop_after_nonfinite=3, **DIVERGING)
+def test_a_limit_reached_on_the_last_step_counts(
+    make_config: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "MOST_BAD_STEPS", 3)
+    config = make_config(train__steps=4, **DIVERGING)
     assert train(config, tmp_path).ending == NON_FINITE
 
 
 def test_a_bad_streak_does_not_push_out_good_checkpoints(
-    make_config: Any, tmp_path: pathlib.Path
+    make_config: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loop, "MOST_BAD_STEPS", 6)
     knobs = {"checkpoint__every_steps": 1, "checkpoint__keep_last": 1, **DIVERGING}
-    config = make_config(train__steps=50, train__stop_after_nonfinite=6, **knobs)
+    config = make_config(train__steps=50, **knobs)
     assert train(config, tmp_path).ending == NON_FINITE
     first_bad = min(s for s, x in last_lines(tmp_path).items() if x[records.SKIPPED_STEPS])
     steps = [int(x.name) for x in (tmp_path / records.CHECKPOINTS_DIR).iterdir()]

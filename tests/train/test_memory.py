@@ -1,0 +1,221 @@
+"""What a step keeps, where, and in how many bytes: rematerialisation, offload, sharding."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale import config_source, records
+from jaxscale.config import ConfigError
+from jaxscale.parallel import host_memory
+from jaxscale.parallel.host_memory import HOST
+from jaxscale.resolve import resolve
+from jaxscale.train.loop import train
+from jaxscale.train.memory import bytes_on_device, bytes_on_host, sharding_warning
+from jaxscale.train.state import TrainState, abstract_state, assemble
+from jaxscale.train.step import compile_step, loss_and_gradients
+from tests.programs import (
+    RUN_STEPS,
+    assemble_tiny,
+    batch_on,
+    final_params,
+    first_state,
+    last_lines,
+)
+from tests.train.test_equality import check_first_gradients, first_gradients
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LAYERS = 4
+NAMES = {"remat": "names", "remat_names": ("offload:query", "offload:up", "context")}
+REMATS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "every second": ({}, {"remat": "full", "remat_every": 2}),
+    "every second, written out": ({}, {"remat": "full", "remat_every": 2, "scan_unroll": LAYERS}),
+    "every fourth, FSDP": ({"fsdp": 2, "tensor": 2}, {"remat": "dots", "remat_every": 4}),
+    "every fourth, FSDP, written out": (
+        {"fsdp": 2, "tensor": 2},
+        {"remat": "full", "remat_every": 4, "scan_unroll": LAYERS},
+    ),
+    "offload": ({}, NAMES),
+    "offload, FSDP": ({"fsdp": 2, "tensor": 2}, NAMES),
+    "offload, sequence, every second": (
+        {"data": 2, "sequence": 2, "tensor": 2},
+        {**NAMES, "remat_every": 2},
+    ),
+    "offload, written out": ({"fsdp": 2}, {**NAMES, "scan_unroll": LAYERS}),
+}
+
+
+@functools.cache
+def plain() -> tuple[float, Any]:
+    return first_gradients(assemble_tiny(model={"num_layers": LAYERS, "remat": "none"}))
+
+
+@pytest.mark.parametrize("name", REMATS)
+def test_what_the_backward_pass_keeps_changes_no_gradient(name: str) -> None:
+    mesh, model = REMATS[name]
+    assembly = assemble_tiny(mesh=mesh, model={"num_layers": LAYERS, **model})
+    check_first_gradients(first_gradients(assembly), plain())
+
+
+def program(**model: Any) -> str:
+    """Return the step's gradients as a jaxpr."""
+    assembly = assemble_tiny(model={"num_layers": LAYERS, **model})
+    params, batch = abstract_state(assembly).params, batch_on(assembly, 0)
+    with jax.set_mesh(assembly.mesh):
+        return str(jax.make_jaxpr(functools.partial(loss_and_gradients, assembly))(params, batch))
+
+
+def test_only_offloaded_activations_go_to_the_host() -> None:
+    shape = "f32<host>[8,16,8,4]"
+    assert shape in program(**NAMES)
+    assert "<host>" not in program(**{**NAMES, "remat_names": ("query", "up", "context")})
+
+
+@functools.cache
+def temporary_bytes(**model: Any) -> int:
+    """Return the temporary bytes of a step whose activations outweigh its parameters."""
+    assembly = assemble_tiny(model={"num_layers": 8, **model})
+    return int(compile_step(assembly).memory_analysis().temp_size_in_bytes)
+
+
+def test_bytes_fall_with_the_share_of_blocks_that_recompute() -> None:
+    full, second, none = (
+        temporary_bytes(remat="full"),
+        temporary_bytes(remat="full", remat_every=2),
+        temporary_bytes(remat="none"),
+    )
+    assert full < 0.9 * second
+    assert second < 0.9 * none
+
+
+@pytest.mark.slow
+def test_full_remat_cuts_activation_bytes_of_small_to_a_quarter() -> None:
+    def activation_bytes(remat: str) -> int:
+        source = f"{ROOT / 'configs' / 'lm.py'}:small"
+        config = config_source.load(source, [("model.remat", remat), ("mesh.data", "1")])
+        assembly = assemble(resolve(config), jax.devices()[:1])
+        memory = compile_step(assembly).memory_analysis()
+        return int(memory.temp_size_in_bytes)
+
+    # Parameters and optimizer state are arguments; gradients count as temporaries here.
+    assert 4 * activation_bytes("full") <= activation_bytes("none")
+
+
+def steps(assembly: Any, count: int = 4) -> tuple[list[Any], TrainState]:
+    """Return the metrics of some steps and the last state, all on the host."""
+    state, step, metrics = first_state(assembly), compile_step(assembly), []
+    with jax.set_mesh(assembly.mesh):
+        for number in range(count):
+            old = state
+            state, found = step(state, batch_on(assembly, number))
+            metrics.append(jax.device_get(found))
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "not donated"
+    return metrics, state
+
+
+def kinds(tree: Any) -> set[str]:
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_a_state_in_host_memory_trains_bitwise_the_same(mesh: dict[str, int]) -> None:
+    expected, state = steps(assemble_tiny(mesh=mesh))
+    assert HOST not in kinds(state)
+    for offload in ("optimizer", "all"):
+        assembly = assemble_tiny(mesh=mesh, train={"offload": offload})
+        metrics, state_there = steps(assembly)
+        jax.tree.map(np.testing.assert_array_equal, metrics, expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b)),
+            state_there,
+            state,
+        )
+        assert kinds(state_there.optimizer) == {HOST}
+        assert (kinds(state_there.params) == {HOST}) == (offload == "all")
+
+
+def test_bytes_in_host_memory_count_apart() -> None:
+    here, there = (
+        abstract_state(assemble_tiny(mesh={"fsdp": 4}, train={"offload": kind}))
+        for kind in ("none", "all")
+    )
+    assert bytes_on_host(here) == 0
+    assert bytes_on_device(there) + bytes_on_host(there) == bytes_on_device(here)
+    # Counters stay.
+    assert bytes_on_device(there) < 40
+
+
+def test_a_run_goes_on_with_another_offload(
+    make_config: Any, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    for count, offload in ((2, "none"), (4, "optimizer"), (6, "all"), (RUN_STEPS, "none")):
+        config = make_config(
+            train__steps=count, optimizer__schedule_steps=RUN_STEPS, train__offload=offload
+        )
+        train(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path), final_params(whole))
+    losses = [[x[records.LOSS] for x in last_lines(run).values()] for run in (tmp_path, whole)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"train": {"offload": "optimizer"}},
+            "train.offload=optimizer needs a_place memory, and cpu has device, pinned_host",
+        ),
+        ({"model": NAMES}, "model.remat_names=offload:query,offload:up needs a_place memory"),
+    ],
+)
+def test_a_platform_without_host_memory_is_refused(
+    sections: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_memory, "HOST", "a_place")
+    with pytest.raises(ConfigError, match=message):
+        assemble_tiny(**sections)
+    assemble_tiny(model={**NAMES, "remat": "full"})
+
+
+WIDE = {"width": 256, "hidden": 512}
+
+
+@pytest.mark.parametrize(
+    ("sections", "remedy", "before", "after"),
+    [
+        ({"mesh": {"data": 8}}, "mesh.fsdp=8 instead of mesh.data=8", {"data": 8}, {"fsdp": 8}),
+        (
+            {"mesh": {"fsdp": 4}, "rules": {"embed": None}},
+            "rules.embed=fsdp",
+            None,
+            {"fsdp": 4},
+        ),
+        (
+            {"mesh": {"tensor": 4}, "rules": {"hidden": None}},
+            "rules.hidden=tensor",
+            None,
+            {"tensor": 4},
+        ),
+    ],
+)
+def test_a_better_sharding_is_named_with_its_bytes(
+    sections: Any, remedy: str, before: Any, after: Any
+) -> None:
+    assembly = assemble_tiny(model=WIDE, **sections)
+    now = bytes_on_device(abstract_state(assembly))
+    then = bytes_on_device(abstract_state(assemble_tiny(model=WIDE, mesh=after)))
+    warning = sharding_warning(assembly, device_bytes=now)
+    assert warning is not None
+    assert f"take {now:,} bytes" in warning
+    assert f"{remedy} would shard them further and save {now - then:,} of" in warning
+    assert sharding_warning(assembly, device_bytes=100 * now) is None
+
+
+@pytest.mark.parametrize(
+    "mesh", [{}, {"fsdp": 8}, {"sequence": 8}, {"data": 2, "fsdp": 4}], ids=str
+)
+def test_a_sharding_that_is_as_fine_as_it_gets_is_not_named(mesh: dict[str, int]) -> None:
+    assert sharding_warning(assemble_tiny(mesh=mesh), device_bytes=1) is None
