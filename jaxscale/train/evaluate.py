@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,14 +41,16 @@ def compile_evaluation(assembly: Assembly) -> Callable[[Params, Batch], Any]:
 
     It works a batch off in the parts that training does, and so fits where training fits.
     """
-    chunk = assembly.config.train.loss_chunk_tokens
+    loss_of = functools.partial(
+        batch_loss,
+        assembly.definition,
+        chunk_tokens=assembly.config.train.loss_chunk_tokens,
+        document_mask=assembly.config.data.document_mask,
+    )
 
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        def total(part: Batch) -> jax.Array:
-            return batch_loss(assembly.definition, params, part, chunk_tokens=chunk)
-
-        totals = jax.lax.map(total, microbatches(assembly, batch))
+        totals = jax.lax.map(lambda part: loss_of(params, part), microbatches(assembly, batch))
         return jnp.sum(totals), jnp.sum(batch["weights"])
 
     return score

@@ -34,14 +34,28 @@ Metrics = dict[str, jax.Array]
 
 
 def batch_loss(
-    definition: Definition, params: Params, batch: Batch, *, chunk_tokens: int
+    definition: Definition,
+    params: Params,
+    batch: Batch,
+    *,
+    chunk_tokens: int,
+    document_mask: bool = True,
 ) -> jax.Array:
-    """Return the weighted sum of the batch's token losses, a float32 scalar in nats."""
+    """Return the weighted sum of the batch's token losses, a float32 scalar in nats.
+
+    Args:
+      definition: the decoder.
+      params: its parameters.
+      batch: the batch.
+      chunk_tokens: tokens per device whose logits exist at once; 0 = all.
+      document_mask: whether tokens attend only within their document.
+    """
     decoder, rules = definition.bind(params), definition.rules
     spec = rules.spec("batch", "length")
     positions_BL = jax.lax.broadcasted_iota(jnp.int32, batch["tokens"].shape, 1, out_sharding=spec)
     batch = in_token_order({**batch, "positions": positions_BL}, definition.model, rules)
-    x_BLD, _ = decoder(batch["tokens"], Span(batch["positions"], batch["segments"]))
+    segments_BL = batch["segments"] if document_mask else None
+    x_BLD, _ = decoder(batch["tokens"], Span(batch["positions"], segments_BL))
     return loss_sum(decoder, x_BLD, batch["targets"], batch["weights"], chunk_tokens=chunk_tokens)
 
 
@@ -69,13 +83,18 @@ def _scaled(
     assembly: Assembly, params: Params, batch: Batch, factor: jax.Array | None
 ) -> tuple[jax.Array, Params]:
     """Return loss and gradients multiplied by the factor."""
-    train, definition = assembly.config.train, assembly.definition
+    train = assembly.config.train
+    loss_of = functools.partial(
+        batch_loss,
+        assembly.definition,
+        chunk_tokens=train.loss_chunk_tokens,
+        document_mask=assembly.config.data.document_mask,
+    )
     count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     count = count if factor is None else count / factor
 
     def mean_loss(params: Params, batch: Batch) -> jax.Array:
-        total = batch_loss(definition, params, batch, chunk_tokens=train.loss_chunk_tokens)
-        return total / count
+        return loss_of(params, batch) / count
 
     if train.accumulation_steps == 1:
         return jax.value_and_grad(mean_loss)(params, batch)

@@ -18,6 +18,7 @@ from jaxscale.config import ConfigError, ModelConfig
 from jaxscale.model.attention.all_to_all import by_heads
 from jaxscale.model.attention.chunked import chunked_attention
 from jaxscale.model.attention.dense import Operands, dense_attention
+from jaxscale.model.attention.flash import flash_attention
 from jaxscale.model.attention.ring import ring_attention, zigzag_order
 from jaxscale.parallel.sharding import Rules
 
@@ -31,7 +32,9 @@ def attend(x: Operands, model: ModelConfig, rules: Rules) -> jax.Array:
     """
     axes = rules.mesh_axes("length")
     crossing = CROSSINGS[model.sequence_attention] if axes else _within
-    return _on_each_device(functools.partial(crossing, model=model, axes=axes), x, rules)
+    local = functools.partial(crossing, model=model, axes=axes)
+    # Pallas kernels do not say over which mesh axes their outputs vary.
+    return _on_each_device(local, x, rules, check=model.attention != "flash")
 
 
 def in_token_order(values: Any, model: ModelConfig, rules: Rules) -> Any:
@@ -78,8 +81,13 @@ def check_attention(model: ModelConfig, rules: Rules, mesh: Mesh, length: int) -
         )
 
 
-def _on_each_device(local: Callable[..., jax.Array], x: Operands, rules: Rules) -> jax.Array:
-    """Call `local` with each device's part of the operands; without a mesh, with all of them."""
+def _on_each_device(
+    local: Callable[..., jax.Array], x: Operands, rules: Rules, *, check: bool = True
+) -> jax.Array:
+    """Call `local` with each device's part of the operands; without a mesh, with all of them.
+
+    With `check`, JAX follows which mesh axes each value varies over.
+    """
     if rules.spec() is None:
         return local(x)
     if rules.mesh_axes("heads") != rules.mesh_axes("kv_heads"):
@@ -88,7 +96,9 @@ def _on_each_device(local: Callable[..., jax.Array], x: Operands, rules: Rules) 
     heads = rules.spec("batch", "length", "heads", "head_dim")
     tokens = rules.spec("batch", "length")
     specs: Any = Operands(*[heads] * 3, *[tokens] * 2)  # type: ignore[arg-type]
-    across: Callable[..., jax.Array] = jax.shard_map(local, in_specs=(specs,), out_specs=heads)
+    across: Callable[..., jax.Array] = jax.shard_map(
+        local, in_specs=(specs,), out_specs=heads, check_vma=check
+    )
     return across(x)
 
 
@@ -115,7 +125,7 @@ def _all_gather(x: Operands, *, model: ModelConfig, axes: Axes) -> jax.Array:
     x = x._replace(k_BSKH=k_BSKH, v_BSKH=v_BSKH, keys=keys)
     if model.attention == "dense":
         return dense_attention(x, model.attention_window)
-    return chunked_attention(x, model.attention_window, jax.lax.axis_index(axes))
+    return ALGORITHMS[model.attention](x, model.attention_window, jax.lax.axis_index(axes))
 
 
 def _all_to_all(x: Operands, *, model: ModelConfig, axes: Axes) -> jax.Array:
@@ -133,7 +143,8 @@ CROSSINGS: dict[str, Callable[..., jax.Array]] = {
     "all_to_all": _all_to_all,
     "ring": _ring,
 }
-ALGORITHMS: dict[str, Callable[[Operands, int], jax.Array]] = {
+ALGORITHMS: dict[str, Callable[..., jax.Array]] = {
     "dense": dense_attention,
     "chunked": chunked_attention,
+    "flash": flash_attention,
 }
