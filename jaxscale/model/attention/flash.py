@@ -10,6 +10,7 @@ Source: jax.experimental.pallas.ops.tpu.splash_attention; jax.nn.dot_product_att
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,10 +48,11 @@ def flash_attention(x: Operands, window: int, rank: Any = None) -> jax.Array:
       rank: which of the equal parts of the length the queries are; None: all of it.
     """
     kind = device_kind()
+    attend: Callable[..., jax.Array]
     if kind.startswith("TPU"):
         attend, obstacle = splash_attention, _obstacle_to_splash(x)
     elif kind.startswith("NVIDIA"):
-        attend, obstacle = _cudnn_attention, _obstacle_to_cudnn(x, rank)
+        attend, obstacle = cudnn_attention, _obstacle_to_cudnn(x, rank)
     else:
         attend, obstacle = chunked_attention, f"there is no kernel for device {kind}"
     if obstacle:
@@ -107,7 +109,7 @@ def splash_attention(
         segments = splash.SegmentIds(x.queries.segments_BL, x.keys.segments_BL)
     # The kernel does not scale; a power of two, as for head_dim 64 or 256, rounds nothing here.
     operands = (x.q_BLNH * H**-0.5, x.k_BSKH, x.v_BSKH)
-    out_BNLH = jax.vmap(kernel)(*(jnp.swapaxes(a, 1, 2) for a in operands), segments)
+    out_BNLH: Any = jax.vmap(kernel)(*(jnp.swapaxes(a, 1, 2) for a in operands), segments)
     return jnp.swapaxes(out_BNLH, 1, 2)
 
 
@@ -158,7 +160,7 @@ def _part(info: jax.Array, *, rank: Any, num_parts: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(info, rank * size, size, axis)
 
 
-def _cudnn_attention(x: Operands, window: int, rank: Any = None) -> jax.Array:
+def cudnn_attention(x: Operands, window: int, rank: Any = None) -> jax.Array:
     """Return the attention as `flash_attention` does, by cuDNN, of whole and single documents."""
     del rank
     out_BLNH = jax.nn.dot_product_attention(
