@@ -81,7 +81,9 @@ class ModelConfig:
     rope_original_length: int = knob(8192, "context before stretching, tokens (llama3)", minimum=1)
     qk_norm: bool = knob(False, "normalise queries and keys per head")
     tie_embeddings: bool = knob(False, "the head reads the transposed embedding")
-    attention: str = knob("dense", "attention algorithm", choices=("dense", "chunked"), free=True)
+    attention: str = knob(
+        "dense", "attention algorithm", choices=("dense", "chunked", "flash"), free=True
+    )
     attention_window: int = knob(
         0, "tokens that a token sees, itself among them; 0 = all before it", minimum=0
     )

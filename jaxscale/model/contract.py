@@ -61,6 +61,12 @@ def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return _product(equation, a, b, None, jnp.float32)
 
 
+def device_kind() -> str:
+    """Return the kind of device that what is being traced will run on, such as "cpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return str((device or jax.devices()[0]).device_kind)
+
+
 def _cotangent_spec(x: jax.Array) -> PartitionSpec | None:
     """Return the sharding of an array's gradient: a partial sum where the array is `reduced`."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -77,7 +83,7 @@ def _product(
     The matrix units of TPUs and GPUs sum in float32 whatever the result's dtype. A result that is
     asked for in float32 would also cross the network in it, where devices hold partial sums.
     """
-    if _is_on_cpu():
+    if device_kind() == "cpu":
         if _is_partitioned():
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
             product = jnp.einsum(equation, a, b, out_sharding=spec)
@@ -85,12 +91,6 @@ def _product(
             product = _cpu_product(equation, a, b)
         return product.astype(dtype)
     return jnp.einsum(equation, a, b, out_sharding=spec, preferred_element_type=dtype)
-
-
-def _is_on_cpu() -> bool:
-    """Tell whether what is being traced will run on a CPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.device_kind if device else jax.default_backend()) == "cpu"
 
 
 def _is_partitioned() -> bool:

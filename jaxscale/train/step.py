@@ -44,6 +44,7 @@ def batch_loss(
     batch: Batch,
     *,
     chunk_tokens: int,
+    document_mask: bool = True,
     num_microbatches: int = 1,
 ) -> jax.Array:
     """Return the weighted sum of the batch's token losses, a float32 scalar in nats.
@@ -53,13 +54,14 @@ def batch_loss(
       params: its parameters.
       batch: the batch.
       chunk_tokens: tokens per device whose logits exist at once; 0 = all.
+      document_mask: whether tokens attend only within their document.
       num_microbatches: parts in which the batch passes through the stages, if there are any.
     """
     decoder, rules = definition.bind(params), definition.rules
     spec = rules.spec("batch", "length")
     positions_BL = jax.lax.broadcasted_iota(jnp.int32, batch["tokens"].shape, 1, out_sharding=spec)
     batch = in_token_order({**batch, "positions": positions_BL}, definition.model, rules)
-    span = Span(batch["positions"], batch["segments"])
+    span = Span(batch["positions"], batch["segments"] if document_mask else None)
     x_BLD, _ = decoder(batch["tokens"], span, num_microbatches=num_microbatches)
     return loss_sum(decoder, x_BLD, batch["targets"], batch["weights"], chunk_tokens=chunk_tokens)
 
@@ -72,6 +74,7 @@ def part_loss(assembly: Assembly, params: Params, batch: Batch) -> jax.Array:
         params,
         batch,
         chunk_tokens=train.loss_chunk_tokens,
+        document_mask=assembly.config.data.document_mask,
         num_microbatches=train.accumulation_steps,
     )
 

@@ -1,7 +1,6 @@
 """Attention against plain numpy, one query at a time, and every kind against the dense one."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -9,20 +8,10 @@ import pytest
 
 from jaxscale.model.attention.attend import ALGORITHMS
 from jaxscale.model.attention.chunked import block_size, chunked_attention
-from jaxscale.model.attention.dense import Operands, Span, dense_attention
+from jaxscale.model.attention.dense import Operands, dense_attention
 from jaxscale.model.attention.ring import zigzag_order
+from tests.attentions import H, K, N, draw, with_gradients
 from tests.programs import GRADIENT_TOLERANCE_F32, relative_errors
-
-B, N, K, H = 2, 4, 2, 8
-
-
-def draw(length: int, documents: int) -> Operands:
-    random = np.random.default_rng(0)
-    q = random.normal(size=(B, length, N, H)).astype(np.float32)
-    k, v = random.normal(size=(2, B, length, K, H)).astype(np.float32)
-    segments = np.sort(random.integers(0, documents, (B, length)), axis=1)
-    span = Span(np.broadcast_to(np.arange(length), (B, length)), segments)
-    return Operands(q, k, v, span, span)
 
 
 def by_hand(x: Operands, window: int) -> np.ndarray:
@@ -38,6 +27,7 @@ def by_hand(x: Operands, window: int) -> np.ndarray:
     return out
 
 
+@pytest.mark.filterwarnings("ignore:model.attention=flash computes as chunked")
 @pytest.mark.parametrize("window", [0, 1, 3])
 @pytest.mark.parametrize("documents", [1, 3])
 @pytest.mark.parametrize("kind", ALGORITHMS)
@@ -45,21 +35,6 @@ def test_attention_equals_the_definition(kind: str, documents: int, window: int)
     x = draw(12, documents)
     out = ALGORITHMS[kind](x, window)
     np.testing.assert_allclose(out, by_hand(x, window), rtol=2e-5, atol=2e-6)
-
-
-def with_gradients(attend: Callable[..., jax.Array], x: Operands, window: int) -> list[jax.Array]:
-    """Return the output, and gradients of queries, keys and values for a random cotangent."""
-    cotangent = np.random.default_rng(1).normal(size=x.q_BLNH.shape).astype(np.float32)
-
-    @jax.jit
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
-        attend_to = functools.partial(attend, window=window)
-        out, transpose = jax.vjp(
-            lambda q, k, v: attend_to(x._replace(q_BLNH=q, k_BSKH=k, v_BSKH=v)), q, k, v
-        )
-        return [out, *transpose(cotangent)]
-
-    return run(x.q_BLNH, x.k_BSKH, x.v_BSKH)
 
 
 @pytest.mark.parametrize("window", [0, 5, 40])

@@ -67,7 +67,7 @@ def test_result_and_gradients_equal_float32(equation: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("equation", CASES)
 def test_other_platforms_compute_the_same(equation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_is_on_cpu", lambda: False)
+    monkeypatch.setattr(module, "device_kind", lambda: "TPU v4")
     found = jax.jit(functools.partial(with_gradients, equation))(*operands(equation, "float32"))
     check(found, equation, "float32")
 
@@ -99,7 +99,7 @@ def test_shards_of_a_mesh_compute_the_same(equation: str, dtype: str) -> None:
 def test_every_product_is_of_bfloat16_and_summed_in_float32_by_the_cpu(
     on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_is_on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(module, "device_kind", lambda: "cpu" if on_cpu else "TPU v4")
     for equation in CASES:
         traced = jax.make_jaxpr(functools.partial(with_gradients, equation))(
             *operands(equation, "bfloat16")

@@ -116,6 +116,9 @@ ATTENTIONS = [
     ("chunked", "ring", {"data": 2, "sequence": 4}, "names", 0),
     ("chunked", "ring", {"sequence": 2, "tensor": 4}, "full", 5),
     ("chunked", "ring", {"data": 2, "sequence": 2, "tensor": 2}, "none", 0),
+    ("flash", "all_gather", {"data": 2, "sequence": 2, "tensor": 2}, "names", 5),
+    ("flash", "all_to_all", {"fsdp": 2, "sequence": 2, "tensor": 2}, "none", 0),
+    ("flash", "ring", {"fsdp": 2, "sequence": 2}, "full", 5),
 ]
 
 
@@ -172,6 +175,7 @@ def test_every_way_to_run_it_equals_the_plain_one(name: str) -> None:
     check_first_gradients(first_gradients(assemble_tiny(**program)), expected)
 
 
+@pytest.mark.filterwarnings("ignore:model.attention=flash computes as chunked")
 @pytest.mark.parametrize(("kind", "crossing", "mesh", "remat", "window"), ATTENTIONS, ids=str)
 def test_every_attention_equals_the_dense_one(
     kind: str, crossing: str, mesh: dict[str, int], remat: str, window: int

@@ -18,6 +18,7 @@ from jaxscale.config import ConfigError, ModelConfig
 from jaxscale.model.attention.all_to_all import by_heads
 from jaxscale.model.attention.chunked import chunked_attention
 from jaxscale.model.attention.dense import Operands, dense_attention
+from jaxscale.model.attention.flash import flash_attention
 from jaxscale.model.attention.ring import ring_attention, zigzag_order
 from jaxscale.parallel.sharding import Axis, Rules
 
@@ -32,7 +33,9 @@ def attend(x: Operands, model: ModelConfig, rules: Rules) -> jax.Array:
     axes = rules.mesh_axes("length")
     crossing = CROSSINGS[model.sequence_attention] if axes else _within
     local = functools.partial(crossing, model=model, axes=axes)
-    return _on_each_device(local, x, rules, keys=None if crossing is _all_gather else "length")
+    keys: Axis = None if crossing is _all_gather else "length"
+    # Pallas kernels do not say over which mesh axes their outputs vary.
+    return _on_each_device(local, x, rules, keys=keys, check=model.attention != "flash")
 
 
 def in_token_order(values: Any, model: ModelConfig, rules: Rules) -> Any:
@@ -80,7 +83,12 @@ def check_attention(model: ModelConfig, rules: Rules, mesh: Mesh, length: int) -
 
 
 def _on_each_device(
-    local: Callable[..., jax.Array], x: Operands, rules: Rules, *, keys: Axis
+    local: Callable[..., jax.Array],
+    x: Operands,
+    rules: Rules,
+    *,
+    keys: Axis,
+    check: bool = True,
 ) -> jax.Array:
     """Call `local` with each device's part of the operands; without a mesh, with all of them.
 
@@ -89,6 +97,7 @@ def _on_each_device(
       x: the operands, all on the logical axis `length`.
       rules: the sharding rules.
       keys: logical axis of the keys and values that `local` wants; None: whole.
+      check: whether JAX follows which mesh axes each value varies over.
     """
     if rules.spec() is None:
         return local(x)
@@ -106,7 +115,7 @@ def _on_each_device(
     pair, tokens = rules.spec(*pairs), rules.spec("batch", "length")
     specs: Any = (heads, pair, pair, tokens, rules.spec(*places))
     across: Callable[..., jax.Array] = jax.shard_map(
-        local, in_specs=(Operands(*specs),), out_specs=heads
+        local, in_specs=(Operands(*specs),), out_specs=heads, check_vma=check
     )
     return across(x)
 
@@ -133,7 +142,7 @@ def _all_gather(x: Operands, *, model: ModelConfig, axes: Axes) -> jax.Array:
     x = x._replace(k_BSKH=vary(x.k_BSKH), v_BSKH=vary(x.v_BSKH))
     if model.attention == "dense":
         return dense_attention(x, model.attention_window)
-    return chunked_attention(x, model.attention_window, jax.lax.axis_index(axes))
+    return ALGORITHMS[model.attention](x, model.attention_window, jax.lax.axis_index(axes))
 
 
 def _all_to_all(x: Operands, *, model: ModelConfig, axes: Axes) -> jax.Array:
@@ -151,7 +160,8 @@ CROSSINGS: dict[str, Callable[..., jax.Array]] = {
     "all_to_all": _all_to_all,
     "ring": _ring,
 }
-ALGORITHMS: dict[str, Callable[[Operands, int], jax.Array]] = {
+ALGORITHMS: dict[str, Callable[..., jax.Array]] = {
     "dense": dense_attention,
     "chunked": chunked_attention,
+    "flash": flash_attention,
 }

@@ -160,6 +160,7 @@ def add_keys(
     sums: Sums, q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, work: Work
 ) -> Sums:
     """Return the sums with these keys and values added."""
+    work = _inside(work, q_BKGLH)
 
     def add_pair(sums: Sums, i: Any, j: Any) -> Sums:
         scores_BKGQC = _scores(_cut(q_BKGLH, i, work), _cut(k_BKSH, j, work))
@@ -215,6 +216,7 @@ def add_gradients(
     gradients: Gradients, queries: Known, k_BKSH: jax.Array, v_BKSH: jax.Array, work: Work
 ) -> Gradients:
     """Return the gradients with the part of these keys and values added."""
+    work = _inside(work, queries.q_BKGLH)
 
     def add_pair(gradients: Gradients, i: Any, j: Any) -> Gradients:
         q_BKGQH, d_out_BKGQH, log_total_BKGQ1, d_sum_BKGQ1 = (_cut(x, i, work) for x in queries)
@@ -237,6 +239,17 @@ def add_gradients(
         )
 
     return _visit(add_pair, gradients, work)
+
+
+def _inside(work: Work, q_BKGLH: jax.Array) -> Work:
+    """Return the work, made to look as if it depended on the queries.
+
+    What does not depend on the layer is hoisted out of the scan over layers by JAX: here the masks
+    of all pairs, length^2 of them.
+    """
+    spans = (work.queries, work.keys)
+    (queries, keys), _ = jax.lax.optimization_barrier((spans, q_BKGLH))
+    return dataclasses.replace(work, queries=queries, keys=keys)
 
 
 def _visit(add_pair: Callable[..., Any], sums: Any, work: Work) -> Any:
