@@ -116,7 +116,7 @@ class ModelConfig:
     )
     remat_every: int = knob(
         1,
-        "only every so many-th block recomputes, as remat says; the others keep everything",
+        "one block in so many recomputes, as remat says; the others keep everything",
         minimum=1,
         free=True,
     )

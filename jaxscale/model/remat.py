@@ -1,7 +1,7 @@
 """Runs the stack of blocks, and says what the backward pass keeps of each and what it recomputes.
 
-By one scan over the layers, or over groups of `model.remat_every` of them, so that compile time
-does not grow with depth; or written out.
+By a scan over the blocks that recompute and one over those that keep everything, so that compile
+time does not grow with depth; or written out.
 """
 
 # B batch, L query length, D width
@@ -20,40 +20,42 @@ from jaxscale.parallel.sharding import Rules
 RunBlock = Callable[[jax.Array, Any], jax.Array]
 Policy = Callable[..., Any]
 # Primitives whose results are not kept even where all activations are.
-RECOMPUTED = ("reshard", "slice", "squeeze", "logistic", "tanh", "erf")
+RECOMPUTED = ("reshard", "logistic", "tanh", "erf")
 
 
 def run_blocks(
     run_block: RunBlock, x_BLD: jax.Array, stack: Any, model: ModelConfig, rules: Rules
 ) -> jax.Array:
-    """Return the residual stream after all blocks of a stack, whose leaves lead with the layers."""
+    """Return the residual stream after all blocks of a stack, whose leaves lead with the layers.
+
+    One in `model.remat_every` recomputes. They stand first and not in between: the backward pass
+    has used up what the others keep when it comes to them, and each scan's body is one block.
+    """
     num_layers = jax.tree.leaves(stack)[0].shape[0]
     every = 1 if model.remat == "none" else model.remat_every
+    num_remat = -(-num_layers // every)
     written_out = model.scan_unroll >= num_layers
-
-    def run_one(x_BLD: jax.Array, weights: Any, number: int | None) -> jax.Array:
-        # A slice of a group is taken in here, where the backward pass can take it again.
-        return run_block(x_BLD, weights if number is None else _layer(weights, number))
-
     # In a scan nothing joins what forward and backward pass have in common.
-    wrap = functools.partial(jax.checkpoint, run_one, static_argnums=2, prevent_cse=written_out)
-    remat = _policy(model, rules)
-    last = run_one if remat is None else wrap(policy=remat)
+    wrap = functools.partial(jax.checkpoint, run_block, prevent_cse=written_out)
+    policy = _policy(model, rules)
+    first = run_block if policy is None else wrap(policy=policy)
     kept = wrap(policy=_keep_activations)
     if written_out:
         # A scan would stack what the backward pass needs.
-        for number, weights in enumerate(_unstacked(stack, num_layers), start=1):
-            x_BLD = (kept if number % every else last)(x_BLD, weights, None)
+        for number, weights in enumerate(_unstacked(stack, num_layers)):
+            x_BLD = (first if number < num_remat else kept)(x_BLD, weights)
         return x_BLD
 
-    def run_group(x_BLD: jax.Array, group: Any) -> tuple[jax.Array, None]:
-        if every == 1:
-            return last(x_BLD, group, None), None
-        for number in range(every - 1):
-            x_BLD = kept(x_BLD, group, number)
-        return last(x_BLD, group, every - 1), None
+    def scan(block: RunBlock, x_BLD: jax.Array, stack: Any) -> jax.Array:
+        def body(x_BLD: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+            return block(x_BLD, weights), None
 
-    return jax.lax.scan(run_group, x_BLD, _grouped(stack, every), unroll=model.scan_unroll)[0]
+        return jax.lax.scan(body, x_BLD, stack, unroll=model.scan_unroll)[0]
+
+    if every == 1:
+        return scan(first, x_BLD, stack)
+    recomputing, keeping = _cut(stack, num_remat)
+    return scan(kept, scan(first, x_BLD, recomputing), keeping)
 
 
 def _policy(model: ModelConfig, rules: Rules) -> Policy | None:
@@ -79,8 +81,7 @@ def _policy(model: ModelConfig, rules: Rules) -> Policy | None:
 def _keep_activations(primitive: Any, *operands: Any, **params: Any) -> bool:
     """Keep every activation, but no copy of weights, and nothing twice.
 
-    Gathered weights would undo FSDP's sharding; cut out of the stack, they would be held twice.
-    What an activation's nonlinearity would have kept is as quickly computed as read.
+    Gathered weights would undo FSDP's sharding. A nonlinearity is as quickly computed as read.
     """
     if primitive.name == "dot_general":
         return True
@@ -94,15 +95,12 @@ def _is_gathered(operands: tuple[Any, ...]) -> bool:
     return any(operand.sharding.spec.reduced for operand in operands)
 
 
-def _layer(group: Any, number: int) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, number, keepdims=False), group)
-
-
-def _grouped(stack: Any, size: int) -> Any:
-    """Return the stack with its layers in groups: (layers, ...) as (layers / size, size, ...)."""
-    if size == 1:
-        return stack
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), stack)
+def _cut(stack: Any, count: int) -> tuple[Any, Any]:
+    """Return the parameters of the first blocks and of the others."""
+    leaves, structure = jax.tree.flatten(stack)
+    parts = [jax.lax.split(leaf, (count, leaf.shape[0] - count)) for leaf in leaves]
+    first, rest = zip(*parts, strict=True)
+    return jax.tree.unflatten(structure, first), jax.tree.unflatten(structure, rest)
 
 
 def _unstacked(stack: Any, count: int) -> list[Any]:

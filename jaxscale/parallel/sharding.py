@@ -184,11 +184,19 @@ def _gather(
     dtypes: tuple[Any, str],
 ) -> jax.Array:
     del sharded
+    return _whole(weight, whole, partial, dtypes)
+
+
+def _whole(
+    weight: jax.Array, whole: PartitionSpec, partial: frozenset[str], dtypes: tuple[Any, str]
+) -> jax.Array:
     return jax.reshard(weight.astype(dtypes[0]), PartitionSpec(*whole, reduced=set(partial)))
 
 
 def _gather_forward(weight, whole, sharded, partial, dtypes):  # type: ignore[no-untyped-def]
-    return _gather(weight, whole, sharded, partial, dtypes), jnp.zeros((0,), weight.dtype)
+    del sharded
+    # Not by a call of `_gather`, in which a remat policy could not see the reshard.
+    return _whole(weight, whole, partial, dtypes), jnp.zeros((0,), weight.dtype)
 
 
 def _gather_backward(whole, sharded, partial, dtypes, residual, gradient):  # type: ignore[no-untyped-def]
