@@ -1,5 +1,6 @@
 """A training step against its definition: clipped AdamW at the schedule's rate, in plain numpy."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -95,3 +96,17 @@ def test_bfloat16_parameters_keep_float32_moments_and_sums() -> None:
 
     errors = relative_errors(gradients(8), gradients(1))
     assert max(errors.values()) < PARTS_TOLERANCE_BF16
+
+
+def test_without_a_document_mask_tokens_see_the_documents_before() -> None:
+    assembly = assemble_tiny(mesh={"data": 2})
+    data = dataclasses.replace(assembly.config.data, document_mask=False)
+    unmasked = dataclasses.replace(assembly, config=dataclasses.replace(assembly.config, data=data))
+    params, batch = first_state(assembly).params, batch_on(assembly, 0)
+    single = {**batch, "segments": jnp.ones_like(batch["segments"])}
+    losses = []
+    with jax.set_mesh(assembly.mesh):
+        for program, rows in ((unmasked, batch), (assembly, single), (assembly, batch)):
+            compute = jax.jit(functools.partial(loss_and_gradients, program))
+            losses.append(float(compute(params, rows)[0]))
+    assert losses[0] == losses[1] != losses[2]
