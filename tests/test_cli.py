@@ -52,6 +52,11 @@ def corpus(tmp_path: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def knobs(**values: object) -> list[str]:
+    """Return overrides from `section__knob=value`."""
+    return [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
+
+
 MISTAKES = {
     "an unknown key": (["--config.model.widht=64"], "did you mean model.width?"),
     "a wrong type": (["--config.train.steps=many"], "train.steps='many' has a wrong type"),
@@ -64,34 +69,24 @@ MISTAKES = {
         "mesh.tensor=8 does not divide model.num_kv_heads=4",
     ),
     "rounds that the layers do not divide into": (
-        [
-            "--config.mesh.data=4",
-            "--config.mesh.stage=2",
-            "--config.train.pipeline_rounds=3",
-            "--config.train.accumulation_steps=2",
-        ],
+        knobs(mesh__data=4, mesh__stage=2, train__pipeline_rounds=3, train__accumulation_steps=2),
         "train.pipeline_rounds=3 x mesh.stage=2 does not divide model.num_layers=8",
     ),
     "rounds without enough microbatches": (
-        ["--config.mesh.data=4", "--config.mesh.stage=2", "--config.train.pipeline_rounds=2"],
+        knobs(mesh__data=4, mesh__stage=2, train__pipeline_rounds=2),
         "raise train.accumulation_steps=1 to 2",
     ),
     "heads that all_to_all cannot part": (
-        [
-            "--config.mesh.data=1",
-            "--config.mesh.sequence=8",
-            "--config.model.num_heads=4",
-            "--config.model.sequence_attention=all_to_all",
-        ],
+        knobs(
+            mesh__data=1,
+            mesh__sequence=8,
+            model__num_heads=4,
+            model__sequence_attention="all_to_all",
+        ),
         "mesh.sequence=8 does not divide the 4 heads of model.num_heads=4",
     ),
     "a length that no ring can part": (
-        [
-            "--config.mesh.data=1",
-            "--config.mesh.sequence=8",
-            "--config.data.length=24",
-            "--config.model.sequence_attention=ring",
-        ],
+        knobs(mesh__data=1, mesh__sequence=8, data__length=24, model__sequence_attention="ring"),
         "twice mesh.sequence=8 does not divide data.length=24; take a multiple of 16",
     ),
     "a batch that does not divide": (
@@ -107,7 +102,7 @@ MISTAKES = {
     ),
     "a missing tokenizer": (["--config.data.tokenizer=/nothing.json"], "data.tokenizer=/nothing"),
     "layers that stages do not divide": (
-        ["--config.mesh.data=1", "--config.mesh.stage=8", "--config.model.num_layers=4"],
+        knobs(mesh__data=1, mesh__stage=8, model__num_layers=4),
         "mesh.stage=8 does not divide model.num_layers=4",
     ),
     "an override without a value": (["--config.train.steps"], "--config.train.steps has no value"),

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxscale.config import OFFLOAD, Config, ConfigError, ModelConfig
+from jaxscale.config import OFFLOAD, Config
 from jaxscale.model.attention.attend import check_attention
 from jaxscale.model.decoder import Definition, Params, check_mesh, define
 from jaxscale.optimizer import Schedule, make_optimizer, make_schedule
@@ -113,21 +113,11 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
         train.accumulation_steps,
         train.pipeline_rounds,
     )
-    _check_groups(config.model, mesh.shape[STAGE_AXIS], train.pipeline_rounds)
     check_attention(config.model, rules, mesh, config.data.length)
     _check_offload(config, mesh)
     definition = define(config.model, rules)
     optimizer = make_optimizer(config.optimizer, definition.axes)
     return Assembly(config, mesh, definition, optimizer, make_schedule(config.optimizer))
-
-
-def _check_groups(model: ModelConfig, num_stages: int, rounds: int) -> None:
-    layers = model.num_layers // num_stages // (rounds if num_stages > 1 else 1)
-    if layers % model.remat_every:
-        raise ConfigError(
-            f"model.remat_every={model.remat_every} does not divide the {layers} layers that a "
-            f"stage has of model.num_layers={model.num_layers}; take one that does"
-        )
 
 
 def _check_offload(config: Config, mesh: Mesh) -> None:
