@@ -148,6 +148,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--top-p", type=float, default=1.0, help="most likely share, (0, 1]")
     generate.add_argument("--seed", type=_at_least(0), default=0, help="seed of the choice")
+
+    _add_verify_options(
+        verb("verify", verbs.verify, "prove that every mesh computes the same numbers")
+    )
     return parser
 
 
@@ -166,3 +170,20 @@ def _add_prepare_options(prepare: argparse.ArgumentParser) -> None:
         metavar="N",
         help="what --profile compares with; 0 = measure the training step here",
     )
+
+
+def _add_verify_options(verify: argparse.ArgumentParser) -> None:
+    verify.add_argument("--steps", type=_at_least(1), default=3, help="SGD steps on each mesh")
+    verify.add_argument("--length", type=_at_least(0), default=0, help="tokens; 0 = a few")
+    verify.add_argument("--batch", type=_at_least(0), default=0, help="sequences; 0 = a few")
+    verify.add_argument("--layers", type=_at_least(0), default=0, help="blocks; 0 = the config's")
+    verify.add_argument(
+        "--meshes",
+        action="append",
+        default=[],
+        metavar="AXIS=N,...",
+        help="check this mesh, may be repeated; default: all that fit",
+    )
+    verify.add_argument("--fewer-devices", action="store_true", help="also meshes of fewer devices")
+    verify.add_argument("--limit", type=_at_least(1), default=40, help="the most meshes")
+    verify.add_argument("--only", choices=("meshes", "variants"), default="", help="one of the two")

@@ -80,6 +80,15 @@ RUN_ID = "run_id"
 STARTED = "started"
 WALL_SECONDS = "wall_seconds"
 
+# Fields of a row of verify: one way to run a config, compared with the plainest on one device.
+CASE = "case"
+MESH = "mesh"
+SETTINGS = "settings"
+VERDICT = "verdict"
+NOTE = "note"
+DEVIATIONS = "deviations"
+CASE_SECONDS = "case_seconds"
+
 
 def now() -> str:
     """Return the UTC time as ISO 8601, to the second."""

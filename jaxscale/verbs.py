@@ -343,3 +343,25 @@ def generate(args: argparse.Namespace) -> int:
     rows = [{"prompt": p, "text": t} for p, t in zip(args.prompt, texts, strict=True)]
     _write_result(args, trained.assembly.config, rows)
     return DONE
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare every mesh and variant of a config with one device."""
+    from jaxscale import runtime
+
+    config = resolve(_needed_config(args))
+    runtime.start(config.runtime, devices=args.devices)
+    from jaxscale.verify.cases import Options, make_plan
+    from jaxscale.verify.run import MISMATCH, header, line, run_plan, summary, to_rows
+
+    names = [field.name for field in dataclasses.fields(Options)]
+    options = {name: getattr(args, name) for name in names}
+    plan = make_plan(config, Options(**{**options, "meshes": tuple(args.meshes)}))
+    print("\n".join(header(plan)), flush=True)
+    rows = []
+    for row in run_plan(plan):
+        print(line(plan, row), flush=True)
+        rows.append(row)
+    print("\n".join(["", *summary(plan, rows)]) + _fake_devices())
+    _write_result(args, plan.config, to_rows(rows))
+    return FAILED if any(row.verdict == MISMATCH for row in rows) else DONE

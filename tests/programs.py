@@ -32,12 +32,9 @@ from jaxscale.train.state import (
 )
 from jaxscale.train.step import compile_step
 
-# f32 sums in another order: each of the ~10 sums over some 100 terms between a weight and its
-# gradient may lose a few units in the last place, 1.2e-7 of the largest term. The figure is the
-# project's goal.
-GRADIENT_TOLERANCE_F32 = 2e-5
-# One device or eight, the loss is a mean of the same 128 numbers.
-LOSS_TOLERANCE_F32 = 1e-6
+# The bounds of the equality tests are those of `jaxscale verify`, which derives them.
+from jaxscale.verify.compare import GRADIENT_TOLERANCE_F32 as GRADIENT_TOLERANCE_F32
+from jaxscale.verify.compare import LOSS_TOLERANCE_F32 as LOSS_TOLERANCE_F32
 
 LENGTH, BATCH, VOCAB = 16, 8, 64
 # The shapes of decoder that there are, each with other parts.

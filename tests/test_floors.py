@@ -45,7 +45,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "F5 around": (
         "export plan.memory plan.roofline plan.compile plan.rank",
-        "verify",
+        "verify.compare verify.cases verify.run",
     ),
     "F6 products": (
         "serve.auth serve.telemetry serve.server serve.gateway serve.load_test",

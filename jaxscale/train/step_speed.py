@@ -28,9 +28,9 @@ def measure_step(config: Config) -> tuple[int, list[float]]:
       ConfigError: it does not fit the devices.
     """
     assembly = assemble(config)
-    _check_room(bytes_on_device(abstract_state(assembly)), assembly.mesh)
+    check_room(bytes_on_device(abstract_state(assembly)), assembly.mesh)
     program = compile_step(assembly)
-    _check_room(program_bytes(program) or 0, assembly.mesh)
+    check_room(program_bytes(program) or 0, assembly.mesh)
     batch = {
         name: jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding)
         for name, leaf in abstract_batch(assembly).items()
@@ -52,7 +52,7 @@ def measure_step(config: Config) -> tuple[int, list[float]]:
     return config.train.global_batch_size * config.data.length, seconds
 
 
-def _check_room(num_bytes: int, mesh: Mesh) -> None:
+def check_room(num_bytes: int, mesh: Mesh) -> None:
     """Raise ConfigError where a device has no room for so many bytes."""
     room = memory_of_device(mesh)
     if mesh.devices.flat[0].platform == "cpu":

@@ -1,0 +1,1 @@
+"""Proof that a config computes the same numbers however it is run."""

@@ -1,0 +1,82 @@
+"""Which meshes and variants `verify` checks, in which order and in which size."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale.config import ConfigError
+from jaxscale.verify import cases
+from jaxscale.verify.cases import Options, fit_variant, make_plan, mesh_sizes, variants
+from jaxscale.verify.compare import SGD
+from tests.programs import tiny_config
+
+
+def test_meshes_come_with_few_axes_first_and_even_ones_before_the_others() -> None:
+    found = list(mesh_sizes(8))
+    assert len(found) == len(set(found)) == 35
+    num_axes = [sum(size > 1 for size in sizes) for sizes in found]
+    assert num_axes == [1] * 5 + [2] * 10 + [3] * 10 + [2] * 10
+    assert found[0] == (8, 1, 1, 1, 1)
+    many = list(mesh_sizes(64))
+    assert len(many) == 210
+    assert len({tuple(size > 1 for size in sizes) for sizes in many[:31]}) == 31
+    assert many[5] == (8, 8, 1, 1, 1)
+    fewer = list(mesh_sizes(4, fewer=True))
+    assert [int(np.prod(sizes)) for sizes in fewer] == [4] * 15 + [2] * 5
+
+
+def test_the_configs_own_mesh_comes_first_and_the_limit_is_kept() -> None:
+    config = tiny_config(mesh={"data": 2, "tensor": 4})
+    plan = make_plan(config, Options(limit=3, only="meshes"))
+    assert [case.mesh for case in plan.cases][:2] == ["one device", "data=2 tensor=4"]
+    assert len(plan.cases) == 4
+    # tensor=8 does not divide the 4 key/value heads.
+    assert plan.num_meshes + plan.num_refused == 35
+    assert plan.num_refused >= 1
+
+
+def test_what_is_run_is_float32_sgd_and_small_unless_more_is_asked_for() -> None:
+    config = tiny_config(
+        model={"compute_dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "names"},
+        train={
+            "global_batch_size": 512,
+            "gradient_reduce_dtype": "bfloat16",
+            "accumulation_steps": 4,
+        },
+    )
+    plan = make_plan(config, Options(only="meshes", limit=1))
+    model, train = plan.config.model, plan.config.train
+    assert (model.compute_dtype, model.param_dtype) == ("float32", "float32")
+    assert (train.global_batch_size, train.accumulation_steps) == (8, 1)
+    assert train.gradient_reduce_dtype == "float32"
+    assert plan.config.optimizer.name == SGD.name
+    assert plan.cases[1].assembly.config.model.remat == "names"
+    assert plan.reference.config.model.remat == "none"
+    asked = Options(only="meshes", limit=1, batch=24, length=64, layers=4)
+    config = make_plan(config, asked).config
+    sizes = (config.train.global_batch_size, config.data.length, config.model.num_layers)
+    assert sizes == (24, 64, 4)
+
+
+def test_a_new_choice_is_checked_without_a_change_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {variant.name for variant in variants(tiny_config(), 8)}
+    assert "attention=new" not in names
+    found = {**cases.free_choices(), "model.attention": ("dense", "new"), "model.x": (False, True)}
+    monkeypatch.setattr(cases, "free_choices", lambda: dict(found))
+    names = {variant.name for variant in variants(tiny_config(), 8)}
+    assert {"attention=new sequence_attention=ring", "attention=new", "x=True"} <= names
+
+
+def test_a_variant_that_fits_no_mesh_says_why() -> None:
+    config = tiny_config(model={"num_heads": 6, "num_kv_heads": 6, "head_dim": 4})
+    plan = make_plan(config, Options(meshes=("sequence=4,data=2",)))
+    reason = next(text for text in plan.left_out if "dense sequence_attention=all_to_all" in text)
+    assert "does not divide the 6 heads" in reason
+    unsuited = cases.Variant((), whole=("length",))
+    assert fit_variant(unsuited, [plan.cases[1].assembly]) == "no mesh suits it"
+
+
+def test_one_device_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    with pytest.raises(ConfigError, match="here is one device; add --devices=cpu:8"):
+        make_plan(tiny_config(), Options())
