@@ -321,6 +321,8 @@ def variants(config: Config, num_devices: int) -> Iterator[Variant]:
     for knob, values in choices.items():
         yield from (Variant(((knob, value),)) for value in values)
     yield Variant((("train.accumulation_steps", 2),))
+    rounds = (("train.accumulation_steps", 4), ("train.pipeline_rounds", 2))
+    yield Variant(rounds, cut=("layers",))
     tokens = config.train.global_batch_size * config.data.length // num_devices
     yield Variant((("train.loss_chunk_tokens", max(tokens // 4, 1)),))
     yield Variant((("model.scan_unroll", config.model.num_layers),))

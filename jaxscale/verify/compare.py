@@ -16,7 +16,7 @@ import optax
 
 from jaxscale import records
 from jaxscale.config import Config, OptimizerConfig
-from jaxscale.train.dry_run import bytes_on_device
+from jaxscale.train.memory import bytes_on_device
 from jaxscale.train.state import BATCH_DTYPES, Assembly, abstract_state, init_state
 from jaxscale.train.step import compile_step, program_bytes
 from jaxscale.train.step_speed import check_room
