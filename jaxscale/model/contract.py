@@ -40,7 +40,8 @@ def _contract(equation: str, spec: Any, dtype: Any, a: jax.Array, b: jax.Array) 
 
 
 def _forward(equation, spec, dtype, a, b):  # type: ignore[no-untyped-def]
-    return _contract(equation, spec, dtype, a, b), (a, b)
+    # Not by a call of `_contract`, in which a remat policy could not see the dot.
+    return _product(equation, a, b, spec, dtype), (a, b)
 
 
 def _backward(equation, spec, dtype, operands, gradient):  # type: ignore[no-untyped-def]

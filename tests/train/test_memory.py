@@ -92,7 +92,6 @@ def test_bytes_fall_with_the_share_of_blocks_that_recompute() -> None:
         temporary_bytes(remat="full", remat_every=4),
         temporary_bytes(remat="none"),
     )
-    # Three and two eighths of the blocks' activations lie between.
     assert full < half < quarter < none
     assert full < 0.5 * half
     assert half < 0.8 * quarter
@@ -111,6 +110,10 @@ def test_full_remat_cuts_activation_bytes_of_small_to_a_quarter() -> None:
     assert 4 * activation_bytes("full") <= activation_bytes("none")
 
 
+def test_kept_matmul_outputs_take_bytes() -> None:
+    assert temporary_bytes(remat="full") < 0.7 * temporary_bytes(remat="dots")
+
+
 def steps(assembly: Any, count: int = 4) -> tuple[list[Any], TrainState]:
     """Return the metrics of some steps and the last state, all on the host."""
     state, step, metrics = first_state(assembly), compile_step(assembly), []
@@ -127,7 +130,7 @@ def kinds(tree: Any) -> set[str]:
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_a_state_in_host_memory_trains_bitwise_the_same(mesh: dict[str, int]) -> None:
     expected, state = steps(assemble_tiny(mesh=mesh))
     assert HOST not in kinds(state)
@@ -158,7 +161,7 @@ def test_bytes_in_host_memory_count_apart() -> None:
 def test_a_run_goes_on_with_another_offload(
     make_config: Any, whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    for count, offload in ((2, "none"), (4, "optimizer"), (6, "all"), (RUN_STEPS, "none")):
+    for count, offload in ((2, "optimizer"), (4, "all"), (RUN_STEPS, "none")):
         config = make_config(
             train__steps=count, optimizer__schedule_steps=RUN_STEPS, train__offload=offload
         )
