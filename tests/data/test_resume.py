@@ -244,9 +244,12 @@ def start(command: list[str], *more: str) -> subprocess.Popen[str]:
     )
 
 
+def finished(data: DataConfig) -> list[pathlib.Path]:
+    return list(pathlib.Path(data.cache_dir).glob(".*.partial/whole/[0-9]*"))
+
+
 def wait_for_shards(run: subprocess.Popen[str], data: DataConfig, number: int) -> None:
-    pattern = ".*.partial/whole/[0-9]*"
-    while len(list(pathlib.Path(data.cache_dir).glob(pattern))) < number:
+    while len(finished(data)) < number:
         assert run.poll() is None, run.communicate()
         time.sleep(0.005)
 
@@ -258,8 +261,7 @@ def test_killed_at_any_moment_it_goes_on(
     workers = []
     for more in (1, 4):
         run = start(command, "--workers=2")
-        before = len(list(pathlib.Path(fresh.cache_dir).glob(".*.partial/whole/[0-9]*")))
-        wait_for_shards(run, fresh, before + more)
+        wait_for_shards(run, fresh, len(finished(fresh)) + more)
         workers += psutil.Process(run.pid).children(recursive=True)
         time.sleep(dice.random() * 0.05)
         run.kill()
@@ -283,20 +285,19 @@ def test_killed_many_times_at_random_it_still_ends_right(
     script = pathlib.Path(command[1])
     script.write_text(script.read_text().replace("0.01", "0.1"))
     dice = random.Random(1)
-    kills = 0
+    total = len(shard_ranges(open_source(fresh.source, cache_dir=pathlib.Path(fresh.cache_dir))))
+    kills = total // 3
+    assert kills > 2
+    for _ in range(kills):
+        run = start(command, "--workers=2")
+        time.sleep(dice.uniform(0.0, 0.5))
+        wait_for_shards(run, fresh, len(finished(fresh)) + dice.randint(0, 1))
+        time.sleep(dice.uniform(0.0, 0.1))
+        run.kill()
+        run.communicate()
     run = start(command, "--workers=2")
-    while kills < 12:
-        try:
-            run.wait(timeout=dice.uniform(0.5, 2.5))
-            break
-        except subprocess.TimeoutExpired:
-            run.kill()
-            run.communicate()
-            kills += 1
-            run = start(command, "--workers=2")
     error = run.communicate(timeout=120)[1]
     assert run.returncode == 0, error
-    assert kills > 2
     assert_same_cache(prepare(fresh), whole)
 
 
