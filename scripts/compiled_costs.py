@@ -4,8 +4,9 @@
     python scripts/compiled_costs.py             write tests/compiled_costs.json
     python scripts/compiled_costs.py --check     exit 1, naming what costs more or less than there
 
-Nothing is run; eight CPU devices are faked. `tests/test_compiled_costs.py` runs the check: a change
-of the figures belongs into the commit that causes it, for a reader to see.
+Nothing is run; eight CPU devices are faked. The compiler for CPUs widens bfloat16 to float32 before
+it travels, so that bytes are up to twice those of a real device. `tests/test_compiled_costs.py`
+runs the check: changed figures belong into the commit that changes them, for a reader to see.
 """
 
 import argparse

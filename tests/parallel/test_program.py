@@ -248,3 +248,11 @@ def test_idle_stages_compute_what_the_bubble_says(
     useful = 1 - bubble_share(stages, parts, rounds)
     assert staged_layers * devices * useful == pytest.approx(layers, rel=1e-12)
     assert staged_rest * devices == pytest.approx(rest, rel=1e-12)
+
+
+@pytest.mark.parametrize("across", ["all_gather", "ring", "all_to_all"])
+def test_a_stage_hands_on_activations_and_nothing_else(across: str) -> None:
+    sections: dict[str, Any] = {"model": {"sequence_attention": across}}
+    program = step_program(mesh={"data": 2, "sequence": 2, "stage": 2}, **sections)
+    over_stages = {kind for kind, axes in program.by_kind() if axes == ("stage",)}
+    assert over_stages == {"collective-permute", "all-reduce"}
