@@ -32,7 +32,7 @@ NUM_DEVICES = 8
 # Presets of configs/lm.py and the knobs that differ from them, the mesh among these.
 Pair = tuple[str, dict[str, Any]]
 PAIRS: dict[str, Pair] = {
-    "small, data": ("small", {"mesh.data": 8}),
+    "small, data, accumulation": ("small", {"mesh.data": 8, "train.accumulation_steps": 4}),
     "small, fsdp": ("small", {"mesh.data": 1, "mesh.fsdp": 8}),
     "125m, fsdp x tensor": (
         "125m,length=512,batch=16",

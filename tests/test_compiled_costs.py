@@ -58,7 +58,7 @@ def test_a_change_beyond_its_margin_is_named() -> None:
 
 
 def test_a_collective_that_came_or_went_is_named() -> None:
-    old = known()["small, data"]
+    old = known()["small, data, accumulation"]
     new = copy.deepcopy(old)
     new["collectives"]["all-gather stage"] = new["collectives"].pop("all-reduce data")
     lines = list(COSTS["compare"]("small", new, old))
