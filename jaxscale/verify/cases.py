@@ -34,6 +34,7 @@ EXACT = (
     ("train.gradient_reduce_dtype", "float32"),
     ("train.loss_scale", 0.0),
     ("train.accumulation_steps", 1),
+    ("train.pipeline_rounds", 1),
     ("data.window_stride", 0),
 )
 

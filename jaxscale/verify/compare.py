@@ -17,7 +17,14 @@ import optax
 from jaxscale import records
 from jaxscale.config import Config, OptimizerConfig
 from jaxscale.train.memory import bytes_on_device
-from jaxscale.train.state import BATCH_DTYPES, Assembly, abstract_state, init_state
+from jaxscale.train.state import (
+    BATCH_DTYPES,
+    Assembly,
+    abstract_state,
+    in_layer_order,
+    in_stage_order,
+    init_state,
+)
 from jaxscale.train.step import compile_step, program_bytes
 from jaxscale.train.step_speed import check_room
 
@@ -51,7 +58,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """What a program computed in some steps.
+    """What a program computed in some steps, the layers in their own order.
 
     Attributes:
       initial: parameters before the first step.
@@ -127,6 +134,7 @@ def run_steps(assembly: Assembly, batches: Sequence[Arrays], params: Any = None)
     check_room(program_bytes(program) or 0, assembly.mesh)
     if params is not None:
         params = jax.device_put(params, assembly.definition.shardings(assembly.mesh))
+        params = in_stage_order(assembly, params)
     state = init_state(assembly, params)
     # Each step takes the state before it apart.
     initial = gradients = jax.tree.map(jnp.copy, state.params)
@@ -139,9 +147,9 @@ def run_steps(assembly: Assembly, batches: Sequence[Arrays], params: Any = None)
                 gradients = jax.tree.map(jnp.copy, momentum)
             metrics.append(jax.device_get(step_metrics))
     return Numbers(
-        initial=initial,
-        gradients=gradients,
-        params=state.params,
+        initial=in_layer_order(assembly, initial),
+        gradients=in_layer_order(assembly, gradients),
+        params=in_layer_order(assembly, state.params),
         losses=[float(m[records.LOSS]) for m in metrics],
         gradient_norms=[float(m[records.GRADIENT_NORM]) for m in metrics],
         hashes=[int(m[records.BATCH_HASH]) for m in metrics],
