@@ -315,6 +315,7 @@ def test_what_has_no_room_is_told(
     ("arguments", "message"),
     [
         (["--meshes=fsdp=3,tensor=4"], "--meshes=fsdp=3,tensor=4 has more devices than the 8"),
+        (["--meshes=fsdp=2,fsdp=4"], "--meshes=fsdp=2,fsdp=4 names fsdp twice"),
         (["--meshes=width=2"], "width=2 is not AXIS=SIZE with an axis of stage, data"),
         (["--meshes=tensor=8"], "mesh.tensor=8 does not divide model.num_kv_heads=4"),
         (["--batch=3", "--length=15", "--layers=3"], "no mesh of 8 devices fits"),

@@ -203,7 +203,7 @@ def compare(found: Numbers, expected: Numbers, num_tokens: int) -> list[Deviatio
     deviations = [_batches(found.hashes, expected.hashes)]
     for quantity, values, right, tolerance in scalars:
         errors = {
-            f"step {step}": abs(a - b) / abs(b)
+            f"step {step}": _relative(abs(a - b), abs(b))
             for step, (a, b) in enumerate(zip(values, right, strict=True), start=1)
         }
         deviations.append(_largest(quantity, errors, tolerance))
@@ -237,8 +237,13 @@ def relative_errors(found: Any, expected: Any) -> dict[str, float]:
         scale = scale if scale > VANISHED * around else around
         difference = max(_differences(values, leaf))
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        errors[name] = difference / scale if scale else (math.inf if difference else 0.0)
+        errors[name] = _relative(difference, scale)
     return errors
+
+
+def _relative(difference: float, scale: float) -> float:
+    """Return difference / scale; no difference is no error, though everything be 0."""
+    return difference / scale if scale else (math.inf if difference else 0.0)
 
 
 def _differences(values: jax.Array, expected: np.ndarray) -> Iterator[float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxscale.train.state import assemble
-from jaxscale.verify.compare import loss_tolerance, relative_errors
+from jaxscale.verify.compare import Numbers, compare, loss_tolerance, on_host, relative_errors
 from tests.programs import tiny_config
 
 
@@ -30,6 +30,17 @@ def test_a_tensor_that_vanishes_is_measured_by_those_beside_it() -> None:
     assert relative_errors(noisy, expected)["key_bias"] < 1e-8
     assert relative_errors({**found, "key_bias": jnp.full(2, 0.05)}, expected)["key_bias"] > 0.09
     assert relative_errors({**found, "value": jnp.full(2, jnp.nan)}, expected)["value"] == np.inf
+
+
+def test_what_is_zero_on_one_device_must_be_zero() -> None:
+    def numbers(value: float) -> Numbers:
+        tree = {"norm": {"scale": jnp.full(2, value)}}
+        return Numbers(tree, tree, tree, losses=[value], gradient_norms=[value], hashes=[1])
+
+    zero = on_host(numbers(0.0))
+    assert all(deviation.passed for deviation in compare(numbers(0.0), zero, 1))
+    wrong = [d.quantity for d in compare(numbers(1e-9), zero, 1) if not d.passed]
+    assert wrong == ["loss", "gradient norm", "initial parameter", "gradient", "parameter"]
 
 
 def test_the_tolerance_of_a_loss_grows_like_the_root_of_its_tokens() -> None:
