@@ -3,11 +3,17 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxscale.model.attention.attend import ALGORITHMS
-from jaxscale.model.attention.chunked import block_size, chunked_attention
+from jaxscale.model.attention.chunked import (
+    block_size,
+    chunked_attention,
+    no_gradients,
+    no_sums,
+)
 from jaxscale.model.attention.dense import Operands, dense_attention
 from jaxscale.model.attention.ring import zigzag_order
 from tests.attentions import H, K, N, draw, with_gradients
@@ -46,6 +52,12 @@ def test_chunked_equals_dense(length: int, documents: int, window: int) -> None:
     found = with_gradients(chunked_attention, x, window)
     expected = with_gradients(dense_attention, x, window)
     assert max(relative_errors(found, expected).values()) < GRADIENT_TOLERANCE_F32
+
+
+def test_what_is_added_up_over_blocks_of_bfloat16_is_float32() -> None:
+    q, k = jnp.ones((1, 2, 2, 4, 8), jnp.bfloat16), jnp.ones((1, 2, 4, 8), jnp.bfloat16)
+    carried = (*no_sums(q), *no_gradients(q, k, k))
+    assert {x.dtype.name for x in carried} == {"float32"}
 
 
 def test_blocks_divide_the_length() -> None:
