@@ -108,3 +108,23 @@ def test_gather_moves_the_compute_dtype_and_reduces_gradients_once(
         program = str(jax.make_jaxpr(jax.grad(loss))(placed, batch))
     short = {"float32": "f32", "bfloat16": "bf16"}[reduce_dtype]
     assert f":{short}[16@fsdp,8] = reshard" in program
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_the_gradient_of_a_frequent_token_loses_no_term(
+    devices: list[jax.Device], fsdp: int
+) -> None:
+    """In bfloat16 a sum of ones ends at 256, where the next one is rounded away."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp), devices[:fsdp])
+    with jax.set_mesh(mesh):
+        table = jnp.ones((2, 8), out_sharding=RULES.spec("vocab", "embed"))
+        ids = jnp.zeros((8, 512), jnp.int32, out_sharding=RULES.spec("batch", "length"))
+
+        @jax.jit
+        @jax.grad
+        def gradient(table: jax.Array) -> jax.Array:
+            rows = RULES.lookup(table, ("vocab", "embed"), ids, jnp.bfloat16)
+            assert rows.dtype == jnp.bfloat16
+            return jnp.sum(rows.astype(jnp.float32))
+
+        np.testing.assert_array_equal(gradient(table), [[8 * 512] * 8, [0] * 8])
