@@ -40,6 +40,7 @@ REMATS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "offload": ({"fsdp": 2, "tensor": 2}, NAMES),
     "offload, written out": ({}, {**NAMES, **WRITTEN_OUT}),
     "offload, one in 2": ({"data": 2, "sequence": 2}, {**NAMES, "remat_every": 2}),
+    "offload, stages": ({"stage": 2, "data": 2}, NAMES),
 }
 
 
@@ -99,10 +100,13 @@ def test_a_block_keeps_its_input_and_what_remat_says(
     assert found == sorted([STREAM, *expected])
 
 
-def test_only_offloaded_activations_go_to_the_host() -> None:
-    shape = "f32<host>[8,16,8,4]"
-    assert shape in str(program(**NAMES))
-    assert "<host>" not in str(program(**{**NAMES, "remat_names": ("query", "up", "context")}))
+@pytest.mark.parametrize(("mesh", "rows"), [({}, "8"), ({"stage": 2}, "2@stage,8")], ids=str)
+def test_only_offloaded_activations_go_to_the_host(mesh: dict[str, int], rows: str) -> None:
+    shape = f"f32<host>[{rows},16,8,4]"
+    assert shape in str(program(mesh, **NAMES))
+    assert "<host>" not in str(
+        program(mesh, **{**NAMES, "remat_names": ("query", "up", "context")})
+    )
 
 
 @pytest.mark.parametrize("every", [1, 2])
