@@ -89,25 +89,6 @@ MISTAKES = {
         knobs(mesh__data=1, mesh__sequence=8, data__length=24, model__sequence_attention="ring"),
         "twice mesh.sequence=8 does not divide data.length=24; take a multiple of 16",
     ),
-    "heads that tensor leaves": (
-        knobs(
-            mesh__data=1,
-            mesh__sequence=4,
-            mesh__tensor=2,
-            model__num_heads=4,
-            model__sequence_attention="all_to_all",
-        ),
-        "mesh.sequence=4 does not divide the 2 heads of model.num_heads=4 that a device has",
-    ),
-    "rounds without microbatches": (
-        knobs(mesh__data=2, mesh__stage=4, train__pipeline_rounds=2, train__accumulation_steps=2),
-        "train.pipeline_rounds=2 needs as many microbatches as stages: raise "
-        "train.accumulation_steps=2 to 4",
-    ),
-    "rounds that do not divide the layers": (
-        knobs(mesh__data=4, mesh__stage=2, train__pipeline_rounds=3, train__accumulation_steps=2),
-        "train.pipeline_rounds=3 x mesh.stage=2 does not divide model.num_layers=8",
-    ),
     "a batch that does not divide": (
         ["--config.train.global_batch_size=12"],
         "mesh.data=8 does not divide train.global_batch_size / train.accumulation_steps=12",

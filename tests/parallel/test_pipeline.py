@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.config import MeshConfig, RulesConfig
+from jaxscale.config import ConfigError, MeshConfig, RulesConfig
 from jaxscale.parallel.mesh import make_mesh
 from jaxscale.parallel.pipeline import (
     bubble_share,
     bubble_words,
+    check_pipeline,
     cut_rows,
     join_rows,
     pipelined,
@@ -104,6 +105,15 @@ def test_each_stage_computes_once_per_tick(
     useful = S * T * rounds * L * width
     assert 1 - useful / done == pytest.approx(bubble_share(S, T, rounds)) == bubble
     assert (bubble_words(S, T, rounds), bubble_words(1, T, rounds)) == (words, None)
+
+
+def test_a_schedule_that_does_not_fit_is_named_with_its_remedy() -> None:
+    for fitting in ((8, 4, 4, 2), (8, 4, 1, 1), (7, 1, 1, 5)):
+        check_pipeline(*fitting)
+    with pytest.raises(ConfigError, match="raise train.accumulation_steps=3 to 4"):
+        check_pipeline(8, 4, 3, 2)
+    with pytest.raises(ConfigError, match="=3 x mesh.stage=2 does not divide model.num_layers=8"):
+        check_pipeline(8, 2, 2, 3)
 
 
 def test_rows_are_cut_and_joined_again() -> None:
