@@ -53,7 +53,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "qwen": {"biases": "qkv", "qk_norm": True, "rope_scaling": "linear", "rope_factor": 4.0},
     "parallel": {"block": "parallel", "activation": "gelu", "biases": "all"},
-    "relu": {"mlp": "plain", "activation": "relu", "norm_epsilon": 1e-1, "head_dim": 16},
+    "relu": {
+        "mlp": "plain",
+        "activation": "relu",
+        "norm_epsilon": 1e-1,
+        "head_dim": 16,
+        "attention_window": 5,
+    },
 }
 # Steps of the runs that tests/train/conftest.py makes.
 RUN_STEPS = 8
