@@ -9,8 +9,9 @@ import io
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from jaxscale import records, verbs
 from jaxscale.config import ConfigError, Stopped
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             verbs.print_config(args)
             return DONE
-        return int(args.run(args))
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            return int(args.run(args))
     except ConfigError as error:
         print(f"jaxscale: {error}", file=sys.stderr)
         return WRONG
@@ -61,6 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxscale: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of ours in one line like any remark, and those of other packages as usual."""
+    ours = (
+        category is UserWarning and pathlib.Path(__file__).parent in pathlib.Path(filename).parents
+    )
+    where = warnings.formatwarning(message, category, filename, lineno, line)
+    print(f"jaxscale: {message}" if ours else where, file=file or sys.stderr)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from jaxscale import records
+from jaxscale import cli, records
 from jaxscale.console import Console, format_metrics
 
 METRICS = {
@@ -39,6 +39,18 @@ def test_what_is_absent_is_left_out() -> None:
     assert format_metrics({records.LOSS: float("nan"), records.MFU: None}) == "loss nan"
     assert format_metrics({records.LOSS: 1.0, records.SKIPPED_STEPS: 0}) == "loss 1"
     assert format_metrics({records.LOSS: 1.0, records.SKIPPED_STEPS: 2}) == "loss 1  skipped 2"
+
+
+def test_a_warning_of_ours_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = sys.modules["jaxscale.console"].__file__
+    assert ours
+    cli.show_warning("computes as chunked", UserWarning, ours, 7)
+    cli.show_warning("deprecated", DeprecationWarning, ours, 7)
+    cli.show_warning("odd", UserWarning, "/elsewhere/module.py", 7)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "jaxscale: computes as chunked"
+    assert "DeprecationWarning: deprecated" in lines[1]
+    assert any(line.startswith("/elsewhere/module.py:7: UserWarning: odd") for line in lines)
 
 
 def test_only_the_primary_process_shows_anything() -> None:

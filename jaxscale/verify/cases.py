@@ -176,7 +176,11 @@ def make_plan(config: Config, options: Options) -> Plan:
         left_out = [f"{v.name}: {reason}" for v, reason in fits.items() if isinstance(reason, str)]
         known = {case.assembly.config for case in cases}
         found = [case for case in fits.values() if isinstance(case, Case)]
-        new = {c.assembly.config: c for c in found if c.assembly.config not in known}
+        # Of several names for one program the first stays, which says most.
+        new: dict[Config, Case] = {}
+        for case in found:
+            if case.assembly.config not in known:
+                new.setdefault(case.assembly.config, case)
         cases += sorted(new.values(), key=lambda case: case.mesh)
     return Plan(
         config=config,
