@@ -4,6 +4,7 @@ The return value is the exit code. Heavy imports wait for their verb.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -68,7 +69,12 @@ def print_config(args: argparse.Namespace) -> None:
 
 
 def _write_result(
-    args: argparse.Namespace, config: Config, rows: list[dict[str, Any]], *, kind: str = ""
+    args: argparse.Namespace,
+    config: Config,
+    rows: list[dict[str, Any]],
+    *,
+    kind: str = "",
+    environment: Any = None,
 ) -> None:
     if args.json:
         from jaxscale import runtime
@@ -77,7 +83,7 @@ def _write_result(
             kind or args.verb,
             rows,
             config=config_source.to_mapping(config),
-            environment=runtime.describe(),
+            environment=environment or runtime.describe(),
         )
         records.write_json(args.json, result)
 
@@ -365,3 +371,32 @@ def verify(args: argparse.Namespace) -> int:
     print("\n".join(["", *summary(plan, rows)]) + _fake_devices())
     _write_result(args, plan.config, to_rows(rows))
     return FAILED if any(row.verdict == MISMATCH for row in rows) else DONE
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Measure a curve, and sum up what is known of it however it ends."""
+    config = _needed_config(args)
+    from jaxscale.sweep import table
+    from jaxscale.sweep.points import make_options
+    from jaxscale.sweep.rows import MEASURED
+    from jaxscale.sweep.run import Sweep, to_rows
+    from jaxscale.train.preemption import StopRequest
+
+    out = sys.stderr if args.table else sys.stdout
+    rows: list[Any] = []
+    with StopRequest(in_group=False) as stop, contextlib.ExitStack() as at_end:
+        run = Sweep(config, make_options(vars(args)), stop=stop.asked)
+        print("\n".join(table.header(run.plan)), file=out, flush=True)
+
+        @at_end.callback
+        def sum_up() -> None:
+            summary = run.summary(rows)
+            print("\n".join(table.footer(run, rows, summary)), file=out)
+            _write_result(args, config, to_rows(rows, summary), environment=run.environment)
+
+        for row in run.rows():
+            rows.append(row)
+            print(table.line(run.plan, row), file=out, flush=True)
+    if args.table:
+        print(table.markdown(run.plan, rows))
+    return DONE if any(row.verdict in MEASURED for row in rows) else FAILED
