@@ -22,7 +22,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "F0 words": ("config config_source resolve hardware records runtime",),
     "F1 parallel": (
         "parallel.mesh parallel.sharding parallel.host_memory parallel.by_layer parallel.pipeline "
-        "parallel.program parallel.probes",
+        "parallel.hlo parallel.program parallel.probes",
         "bundle.format bundle.programs bundle.sampling bundle.scheduler bundle.engine",
     ),
     "F2 model": (

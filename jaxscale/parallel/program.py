@@ -1,0 +1,268 @@
+"""What a compiled program costs a device: bytes, FLOPs of its matmuls, and its collectives by axis.
+
+XLA's own cost analysis counts the body of a loop once. This reads the text of the optimised
+program and multiplies by the loops' trip counts. Tests, `sweep` and the planner call it.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxscale.parallel.hlo import Computation, Instruction, num_bytes, parse, shape_of
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
+# Custom calls that compute nothing: annotations, and the random or sorted outputs of a sampler.
+CHEAP_CALLS = ("Sharding", "SPMD", "annotate_device_placement", "TopK", "MoveTo", "AllocateBuffer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: one of COLLECTIVES.
+      axes: the mesh axes that its devices differ in; empty where no mesh was given.
+      group_size: devices that take part together.
+      payload_bytes: of the whole array on one device: what an all-gather yields, what the others
+        are given.
+      source: the operation of the model that it comes from, as the compiler names it.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group_size: int
+    payload_bytes: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program, per device and call.
+
+    Attributes:
+      flops: of all matmuls and convolutions; of alternatives, the one with the most.
+      collectives: each, and how often it runs.
+      opaque_calls: custom calls whose FLOPs are not known and not counted, and how often each runs.
+      argument_bytes: inputs, the state included.
+      output_bytes: results.
+      alias_bytes: results that lie where inputs were.
+      temporary_bytes: the most that all else takes at a time.
+      host_bytes: arguments, results and temporaries in host memory.
+    """
+
+    flops: float
+    collectives: dict[Collective, int]
+    opaque_calls: dict[str, int]
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    host_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the device memory that the program needs: all but what is aliased."""
+        own = self.argument_bytes + self.output_bytes + self.temporary_bytes
+        return own - self.alias_bytes
+
+    def by_kind(self) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
+        """Return the number and the bytes of the collectives of each kind and set of axes."""
+        totals: dict[tuple[str, tuple[str, ...]], tuple[int, int]] = {}
+        for collective, times in self.collectives.items():
+            key = (collective.kind, collective.axes)
+            number, payload = totals.get(key, (0, 0))
+            totals[key] = (number + times, payload + times * collective.payload_bytes)
+        return totals
+
+
+@dataclasses.dataclass
+class _Cost:
+    flops: float = 0.0
+    collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    opaque: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def add(self, other: "_Cost", times: int = 1) -> None:
+        self.flops += times * other.flops
+        for collective, number in other.collectives.items():
+            self.collectives[collective] += times * number
+        for target, number in other.opaque.items():
+            self.opaque[target] += times * number
+
+
+def read_program(compiled: Any, mesh: Mesh | None = None) -> Program:
+    """Return what a `jax.stages.Compiled` costs each device.
+
+    Args:
+      compiled: a program that was compiled for any platform.
+      mesh: names the axes of collectives; its devices in the order they were compiled for.
+
+    Raises:
+      ValueError: a loop whose trip count the compiler does not tell.
+    """
+    memory = compiled.memory_analysis()
+    cost = _Reader(compiled.as_text(), mesh).cost()
+    return Program(
+        flops=cost.flops,
+        collectives=dict(cost.collectives),
+        opaque_calls=dict(cost.opaque),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        host_bytes=memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes
+        + memory.host_temp_size_in_bytes,
+    )
+
+
+class _Reader:
+    """Adds the costs of computations up from the entry, each read once."""
+
+    def __init__(self, text: str, mesh: Mesh | None) -> None:
+        self._computations, self._entry = parse(text)
+        self._mesh = mesh
+        self._of = functools.cache(self._cost_of)
+
+    def cost(self) -> _Cost:
+        return self._of(self._entry)
+
+    def _cost_of(self, name: str) -> _Cost:
+        computation, total = self._computations[name], _Cost()
+        for instruction in computation.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                total.collectives[self._collective(kind, instruction, computation)] += 1
+            elif instruction.opcode == "dot":
+                total.flops += _dot_flops(instruction, computation)
+            elif instruction.opcode == "convolution":
+                total.flops += _convolution_flops(instruction, computation)
+            elif instruction.opcode == "custom-call":
+                target = instruction.attribute("custom_call_target").strip('"')
+                if not target.startswith(CHEAP_CALLS):
+                    total.opaque[target] += 1
+            else:
+                self._add_called(instruction, total)
+        return total
+
+    def _add_called(self, instruction: Instruction, total: _Cost) -> None:
+        called = instruction.called
+        if instruction.opcode == "while":
+            total.add(self._of(called["body"][0]), _trip_count(instruction))
+        elif instruction.opcode == "conditional":
+            branches = [self._of(name) for names in called.values() for name in names]
+            total.add(max(branches, key=lambda cost: cost.flops))
+        else:
+            for names in called.values():
+                for name in names:
+                    total.add(self._of(name))
+
+    def _collective(self, kind: str, found: Instruction, computation: Computation) -> Collective:
+        groups = _device_groups(found)
+        payload = sum(num_bytes(computation[name].shape) for name in found.operands)
+        if kind == "all-gather":
+            payload *= len(groups[0])
+        source = re.search(r'op_name="([^"]*)"', found.attributes)
+        return Collective(
+            kind=kind,
+            axes=_axes_of(groups, self._mesh) if self._mesh is not None else (),
+            group_size=len(groups[0]),
+            payload_bytes=payload,
+            source=source[1] if source else "",
+        )
+
+
+def _trip_count(loop: Instruction) -> int:
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if not known:
+        raise ValueError(f"the compiler does not tell how often the loop {loop.name} runs")
+    return int(known[1])
+
+
+def _dot_flops(dot: Instruction, computation: Computation) -> float:
+    """Return 2 x (elements of the result) x (elements summed for each of them)."""
+    left = shape_of(computation[dot.operands[0]].shape)
+    dims = dot.attribute("lhs_contracting_dims").strip("{}")
+    summed = math.prod(left[int(dim)] for dim in dims.split(",") if dim)
+    return 2.0 * math.prod(shape_of(dot.shape)) * summed
+
+
+def _convolution_flops(convolution: Instruction, computation: Computation) -> float:
+    """Return 2 x (elements of the result) x (elements of the kernel per output feature)."""
+    kernel = shape_of(computation[convolution.operands[1]].shape)
+    labels = convolution.attribute("dim_labels").split("_")[1].split("->")[0]
+    return (
+        2.0 * math.prod(shape_of(convolution.shape)) * math.prod(kernel) / kernel[labels.index("o")]
+    )
+
+
+def _device_groups(collective: Instruction) -> list[list[int]]:
+    """Return the devices that take part together, numbered as in the compiled mesh.
+
+    A permutation counts as one group of all whom its chain of sources and targets joins.
+    """
+    pairs = collective.attribute("source_target_pairs")
+    if pairs:
+        return _joined(json.loads(pairs.replace("{", "[").replace("}", "]")))
+    groups = collective.attribute("replica_groups")
+    if groups.startswith("{"):
+        return list(json.loads(groups.replace("{", "[").replace("}", "]")))
+    if groups.startswith("mesh"):
+        return _groups_of_axes(groups)
+    return _iota(groups).tolist()
+
+
+def _joined(pairs: list[list[int]]) -> list[list[int]]:
+    groups: list[set[int]] = []
+    for pair in pairs:
+        touched = [group for group in groups if group & set(pair)]
+        groups = [group for group in groups if group not in touched]
+        groups.append(set(pair).union(*touched))
+    return [sorted(group) for group in groups]
+
+
+def _iota(text: str) -> np.ndarray[Any, Any]:
+    """Read `[2,4]<=[4,2]T(1,0)`: the numbers from 0, laid out, transposed, and cut to a shape."""
+    found = re.fullmatch(r"\[([\d,]*)\](?:<=\[([\d,]*)\])?(?:T\(([\d,]*)\))?", text)
+    assert found, text
+    shape, source, order = found.groups()
+    numbers = np.arange(math.prod(_ints(source or shape))).reshape(_ints(source or shape))
+    return numbers.transpose(_ints(order) if order else None).reshape(_ints(shape))
+
+
+def _groups_of_axes(text: str) -> list[list[int]]:
+    """Read `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`: groups along the last axes."""
+    sizes = [int(size) for size in re.findall(r"'=(\d+)", text)]
+    names = re.findall(r"'([^']*)'=", text)
+    ids = re.search(r"device_ids=\((.*?\)?)\) \{", text)
+    devices = (_iota(ids[1]) if ids else np.arange(math.prod(sizes))).reshape(sizes)
+    chosen = [names.index(name) for name in re.findall(r"'([^']*)'", text[text.rindex("{") :])]
+    others = [dim for dim in range(len(sizes)) if dim not in chosen]
+    size = math.prod(sizes[dim] for dim in chosen)
+    return list(devices.transpose(others + chosen).reshape(-1, size).tolist())
+
+
+def _axes_of(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
+    shape = tuple(mesh.shape.values())
+    places = [np.array(np.unravel_index(group, shape)) for group in groups]
+    varying = np.any([np.any(place != place[:, :1], axis=1) for place in places], axis=0)
+    return tuple(name for name, varies in zip(mesh.axis_names, varying, strict=True) if varies)
+
+
+def _ints(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
