@@ -378,25 +378,21 @@ def sweep(args: argparse.Namespace) -> int:
     config = _needed_config(args)
     from jaxscale.sweep import table
     from jaxscale.sweep.points import make_options
-    from jaxscale.sweep.rows import MEASURED
     from jaxscale.sweep.run import Sweep, to_rows
     from jaxscale.train.preemption import StopRequest
 
     out = sys.stderr if args.table else sys.stdout
-    rows: list[Any] = []
     with StopRequest(in_group=False) as stop, contextlib.ExitStack() as at_end:
         run = Sweep(config, make_options(vars(args)), stop=stop.asked)
         print("\n".join(table.header(run.plan)), file=out, flush=True)
 
         @at_end.callback
         def sum_up() -> None:
-            summary = run.summary(rows)
-            print("\n".join(table.footer(run, rows, summary)), file=out)
-            _write_result(args, config, to_rows(rows, summary), environment=run.environment)
+            print("\n".join(table.footer(run)), file=out)
+            _write_result(args, config, to_rows(run), environment=run.environment)
 
         for row in run.rows():
-            rows.append(row)
             print(table.line(run.plan, row), file=out, flush=True)
     if args.table:
-        print(table.markdown(run.plan, rows))
-    return DONE if any(row.verdict in MEASURED for row in rows) else FAILED
+        print(table.markdown(run.plan, run.found))
+    return DONE if any(row.measured for row in run.found) else FAILED

@@ -59,7 +59,9 @@ def draw(
 
 
 def _lines(axes: Any, plan: Plan, rows: Sequence[Row], field: str, scale: float) -> None:
-    """Draw a field of the rows, one line per technique, on two logarithmic axes."""
+    """Draw a field of the rows, one line per technique, over the axis in powers of two."""
+    from matplotlib.ticker import NullLocator
+
     looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
     lines = by_series(rows, plan.axis)
     for number, ((series, line), (colour, marker)) in enumerate(zip(lines.items(), looks)):  # noqa: B905
@@ -71,9 +73,8 @@ def _lines(axes: Any, plan: Plan, rows: Sequence[Row], field: str, scale: float)
             axes.plot(x, y, style, color=colour, marker=marker, markersize=4.5, label=series)
     values = sorted({row.settings[plan.axis] for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     unit = UNITS.get(plan.axis, "")
     axes.set_xlabel(f"{plan.axis} [{unit}]" if unit else plan.axis)
@@ -81,13 +82,16 @@ def _lines(axes: Any, plan: Plan, rows: Sequence[Row], field: str, scale: float)
 
 
 def _memory(axes: Any, plan: Plan, rows: Sequence[Row]) -> None:
-    gib = 2.0**30
-    _lines(axes, plan, rows, "peak_bytes", gib)
+    from matplotlib.ticker import LogLocator
+
+    most = max(row.peak_bytes or 0 for row in rows)
+    unit, scale = ("GiB", 2.0**30) if most >= 2**30 else ("MiB", 2.0**20)
+    _lines(axes, plan, rows, "peak_bytes", scale)
     if plan.limit:
-        axes.axhline(plan.limit / gib, color=GREY, linestyle=(0, (6, 3)), linewidth=1.2)
+        axes.axhline(plan.limit / scale, color=GREY, linestyle=(0, (6, 3)), linewidth=1.2)
         axes.annotate(
             f"limit {format_bytes(plan.limit)}",
-            (0.01, plan.limit / gib),
+            (0.01, plan.limit / scale),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
@@ -95,9 +99,13 @@ def _memory(axes: Any, plan: Plan, rows: Sequence[Row]) -> None:
             fontsize=9,
         )
     sources = sorted({row.peak_bytes_source for row in rows if row.peak_bytes_source})
-    axes.set_ylabel("peak memory of a device [GiB]")
+    axes.set_ylabel(f"peak memory of a device [{unit}]")
     axes.set_title(f"Memory of a step, counted by the {' and the '.join(sources)}", loc="left")
-    _plain_numbers(axes)
+    # 1, 2, 5, 10 instead of powers of ten.
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
 
 
 def _speed(axes: Any, plan: Plan, rows: Sequence[Row]) -> None:
@@ -105,19 +113,12 @@ def _speed(axes: Any, plan: Plan, rows: Sequence[Row]) -> None:
     axes.set_ylabel("tokens per second, all devices")
     words = "fake devices: mechanics, not speed" if plan.fake else _kind(plan)
     axes.set_title(f"Speed of training ({words})", loc="left")
-    _plain_numbers(axes)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,g}")
 
 
 def _kind(plan: Plan) -> str:
     return f"{plan.machine.num_devices} x {plan.machine.environment['device_kind']}"
-
-
-def _plain_numbers(axes: Any) -> None:
-    """Label the vertical axis 0.5, 1, 2, 5, 10 instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def _boundary(axes: Any, plan: Plan, boundaries: Sequence[Boundary]) -> None:
@@ -150,7 +151,11 @@ def _overhead(axes: Any, costs: Mapping[str, tuple[float, float | None]], *, fak
         axes.legend(
             loc="upper left", bbox_to_anchor=(0.0, -0.14), fontsize=8, frameon=False, ncols=2
         )
+    for place, ratio in zip(places, flops, strict=True):
+        axes.annotate(f" {ratio:.2f}", (ratio, place), va="center", fontsize=8)
     axes.axvline(1, color=GREY, linewidth=1)
+    axes.margins(x=0.08)
+    axes.figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=2)
     axes.invert_yaxis()
     axes.set_xlabel("as a multiple of the baseline's, per device")
     axes.set_title("What each technique costs in compute", loc="left")

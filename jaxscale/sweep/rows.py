@@ -14,8 +14,6 @@ from jaxscale.parallel.mesh import AXES
 OK, OUT_OF_MEMORY, NO_ROOM = "ok", "out of memory", "no room"
 FAILED, NOT_APPLICABLE = "failed", "does not apply"
 VERDICTS = (OK, OUT_OF_MEMORY, NO_ROOM, FAILED, NOT_APPLICABLE)
-# Those that say something of the point.
-MEASURED = (OK, OUT_OF_MEMORY, NO_ROOM)
 # What a point was measured for; of a result file, what its points add up to.
 CURVE, BOUNDARY, SUMMARY = "curve", "boundary", "summary"
 
@@ -78,6 +76,11 @@ class Row:
     trained_steps: int | None = None
     validation_loss: float | None = None
     validation_windows: int | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether it says something of the point."""
+        return self.verdict in (OK, OUT_OF_MEMORY, NO_ROOM)
 
     @property
     def fits(self) -> bool | None:

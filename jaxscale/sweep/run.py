@@ -83,7 +83,9 @@ class Sweep:
             self.folder = workdir.check_writable(options.workdir) / records.SWEEP_DIR
             self.folder.mkdir(exist_ok=True)
         self._known: dict[str, Row] = {}
-        self._new: set[str] = set()
+        # The rows so far, in their order, and how many of them were not read back.
+        self.found: list[Row] = []
+        self.num_measured = 0
 
     @property
     def name(self) -> str:
@@ -94,11 +96,6 @@ class Sweep:
     def environment(self) -> dict[str, Any]:
         """Versions, devices and host of the points."""
         return self.plan.machine.environment
-
-    @property
-    def num_measured(self) -> int:
-        """Points that were measured now and not read back."""
-        return len(self._new)
 
     def rows(self) -> Iterator[Row]:
         """Run the points one after the other, then bisect, and yield each row once it is known.
@@ -111,12 +108,11 @@ class Sweep:
             if self.folder:
                 stack.enter_context(workdir.locked(self.folder, work="sweeps"))
                 self._known = {} if self.plan.options.force else read_rows(self._lines)
-            rows = []
+            self.found.clear()
             for point in self.plan.points:
-                rows.append(self._row(point, CURVE))
-                yield rows[-1]
+                yield self._row(point, CURVE)
             if self.plan.axis in PARTS and self.plan.limit:
-                for line in by_series(rows, self.plan.axis).values():
+                for line in by_series(list(self.found), self.plan.axis).values():
                     yield from self._bisect(line)
 
     def _bisect(self, line: Sequence[Row]) -> Iterator[Row]:
@@ -134,14 +130,14 @@ class Sweep:
 
     def _row(self, point: Point, phase: str, plan: Plan | None = None) -> Row:
         """Return the row of a point: the one that is known, or a new one, written down."""
-        if point.key in self._known:
-            return self._known[point.key]
-        plan = plan or self.plan
-        row = child.measure(plan, point, phase=phase, stop=self._stop)
-        self._known[row.key] = row
-        self._new.add(row.key)
-        if self.folder:
-            records.append_line(self._lines, dataclasses.asdict(row))
+        row = self._known.get(point.key)
+        if row is None:
+            row = child.measure(plan or self.plan, point, phase=phase, stop=self._stop)
+            self._known[row.key] = row
+            self.num_measured += 1
+            if self.folder:
+                records.append_line(self._lines, dataclasses.asdict(row))
+        self.found.append(row)
         return row
 
     @property
@@ -149,9 +145,9 @@ class Sweep:
         assert self.folder is not None
         return self.folder / f"{self.name}.jsonl"
 
-    def summary(self, rows: Sequence[Row]) -> Summary:
-        """Return what the rows add up to."""
-        axis, options = self.plan.axis, self.plan.options
+    def summary(self) -> Summary:
+        """Return what the rows so far add up to."""
+        axis, options, rows = self.plan.axis, self.plan.options, self.found
         recommendation = None
         if options.tokens:
             recommendation = recommend(rows, axis, options.tolerance)
@@ -161,8 +157,8 @@ class Sweep:
             recommendation=recommendation,
         )
 
-    def write(self, rows: Sequence[Row]) -> list[pathlib.Path]:
-        """Write the rows as CSV and draw them; return the files, none without a workdir."""
+    def write(self) -> list[pathlib.Path]:
+        """Write the rows so far as CSV and draw them; return the files, none without a workdir."""
         from jaxscale.sweep.plots import draw
 
         if not self.folder or not rows:
@@ -175,7 +171,7 @@ class Sweep:
         ]
 
 
-def to_rows(rows: Sequence[Row], summary: Summary) -> list[dict[str, Any]]:
+def to_rows(run: Sweep) -> list[dict[str, Any]]:
     """Return the rows of the result file; the last one is what the others add up to."""
-    last = {"phase": SUMMARY, **dataclasses.asdict(summary)}
-    return [*map(dataclasses.asdict, rows), last]
+    last = {"phase": SUMMARY, **dataclasses.asdict(run.summary())}
+    return [*map(dataclasses.asdict, run.found), last]

@@ -9,7 +9,7 @@ from jaxscale.config_source import Settings
 from jaxscale.console import format_bytes
 from jaxscale.sweep.points import Plan
 from jaxscale.sweep.rows import CURVE, NOT_APPLICABLE, VERDICTS, Row, shown
-from jaxscale.sweep.run import Summary, Sweep
+from jaxscale.sweep.run import Sweep
 from jaxscale.sweep.summary import FITS, Boundary, Recommendation
 from jaxscale.sweep.techniques import BY_NAME, FIRST
 
@@ -51,17 +51,18 @@ def _figures(row: Row) -> Iterator[str]:
         yield f"temporaries {format_bytes(row.temporary_bytes):>9}"
     if row.tokens_per_second is not None:
         yield f"{row.tokens_per_second:>9,.0f} tok/s"
-        yield f"{row.step_seconds:.3g} s/step ({row.step_seconds_least:.3g}-"
-        yield f"{row.step_seconds_most:.3g})"
+        spread = f"{row.step_seconds_least:.3g}-{row.step_seconds_most:.3g}"
+        yield f"{row.step_seconds:.3g} s/step ({spread})"
     if row.loss is not None:
         yield f"loss {row.loss:.4f}"
     if row.validation_loss is not None:
         yield f"validation {row.validation_loss:.4f}"
 
 
-def footer(run: Sweep, rows: Sequence[Row], summary: Summary) -> list[str]:
+def footer(run: Sweep) -> list[str]:
     """Write the files, and say what the rows add up to and where the files are."""
-    plan, lines = run.plan, ["", *skipped_words(rows)]
+    plan, rows, summary = run.plan, run.found, run.summary()
+    lines = ["", *skipped_words(rows)]
     if summary.boundaries and plan.limit:
         lines.append(f"largest {plan.axis} within {format_bytes(plan.limit)} on each device:")
         lines += [f"  {boundary_words(boundary)}" for boundary in summary.boundaries]
@@ -78,7 +79,7 @@ def footer(run: Sweep, rows: Sequence[Row], summary: Summary) -> list[str]:
     fake = "; fake devices: mechanics, not speed" if plan.fake else ""
     known = len(rows) - run.num_measured
     lines.append(f"{ends or 'nothing measured'}; {known} of them known before{fake}")
-    return [*lines, *(f"written: {path}" for path in run.write(rows))]
+    return [*lines, *(f"written: {path}" for path in run.write())]
 
 
 def boundary_words(found: Boundary) -> str:

@@ -23,13 +23,15 @@ class Technique:
       name: of the command line.
       settings: value of each knob, by "section.knob", on top of BASELINE.
       on_devices: whether it needs several.
-      platforms: where it computes as itself; empty = everywhere.
+      platforms: where it means something; empty = everywhere.
+      elsewhere: why it means nothing on others.
     """
 
     name: str
     settings: Settings
     on_devices: bool = False
     platforms: tuple[str, ...] = ()
+    elsewhere: str = ""
 
 
 def _all_devices(knob: str) -> Settings:
@@ -63,6 +65,7 @@ PARTS: Settings = (("train.accumulation_steps", 4),)
 LOSS_CHUNKS: Settings = (("train.loss_chunk_tokens", 1024),)
 BFLOAT16: Settings = (("model.compute_dtype", "bfloat16"),)
 MOMENTS: Settings = (("optimizer.moment_dtype", "bfloat16"),)
+ACCELERATORS = ("gpu", "tpu")
 # The names of `model.remat_names` that are cheapest to keep for what they save.
 NAMES = ("context", "attention_out")
 OFFLOADED = ("context", "offload:gate", "offload:up")
@@ -70,7 +73,12 @@ OFFLOADED = ("context", "offload:gate", "offload:up")
 TECHNIQUES = (
     Technique("baseline", ()),
     Technique("chunked", CHUNKED),
-    Technique("flash", (("model.attention", "flash"),), platforms=("gpu", "tpu")),
+    Technique(
+        "flash",
+        (("model.attention", "flash"),),
+        platforms=ACCELERATORS,
+        elsewhere="it computes as chunked",
+    ),
     Technique("remat-every-2", (*REMAT, ("model.remat_every", 2))),
     Technique("remat-dots", (("model.remat", "dots"),)),
     Technique("remat-names", (("model.remat", "names"), ("model.remat_names", NAMES))),
@@ -80,8 +88,18 @@ TECHNIQUES = (
     Technique("bfloat16", BFLOAT16),
     Technique("bfloat16-moments", MOMENTS),
     Technique("adafactor", (("optimizer.name", "adafactor"),)),
-    Technique("offload-activations", (("model.remat", "names"), ("model.remat_names", OFFLOADED))),
-    Technique("offload-optimizer", (("train.offload", "optimizer"),)),
+    Technique(
+        "offload-activations",
+        (("model.remat", "names"), ("model.remat_names", OFFLOADED)),
+        platforms=ACCELERATORS,
+        elsewhere="host memory is the device's memory",
+    ),
+    Technique(
+        "offload-optimizer",
+        (("train.offload", "optimizer"),),
+        platforms=ACCELERATORS,
+        elsewhere="host memory is the device's memory",
+    ),
     Technique("chunked+remat-full", (*CHUNKED, *REMAT)),
     Technique("chunked+remat-full+accumulation", (*CHUNKED, *REMAT, *PARTS)),
     Technique("all-on-one-device", (*CHUNKED, *REMAT, *PARTS, *LOSS_CHUNKS, *BFLOAT16, *MOMENTS)),
@@ -142,7 +160,7 @@ def why_not(name: str, config: Config, *, platform: str, num_devices: int) -> st
     if technique.on_devices and num_devices == 1:
         return "it needs several devices, and here is one"
     if technique.platforms and platform not in technique.platforms:
-        return f"on a {platform} it computes as another technique does"
+        return f"on a {platform} {technique.elsewhere}"
     if dict(technique.settings).get("optimizer.name") == config.optimizer.name:
         return f"the config has optimizer.name={config.optimizer.name} already"
     return ""
