@@ -49,12 +49,12 @@ class Summary:
     Attributes:
       boundaries: of each line, if memory ends on any.
       growths: of each line and quantity.
-      recommendation: of a batch size; None where none was asked for.
+      recommendations: of a batch size, for each line, if one was asked for.
     """
 
     boundaries: list[Boundary]
     growths: list[Growth]
-    recommendation: Recommendation | None
+    recommendations: list[Recommendation]
 
 
 class Sweep:
@@ -137,8 +137,9 @@ class Sweep:
             self.num_measured += 1
             if self.folder:
                 records.append_line(self._lines, dataclasses.asdict(row))
-        self.found.append(row)
-        return row
+        # A point of a bisection may be one of another command's curve.
+        self.found.append(dataclasses.replace(row, phase=phase))
+        return self.found[-1]
 
     @property
     def _lines(self) -> pathlib.Path:
@@ -148,27 +149,22 @@ class Sweep:
     def summary(self) -> Summary:
         """Return what the rows so far add up to."""
         axis, options, rows = self.plan.axis, self.plan.options, self.found
-        recommendation = None
-        if options.tokens:
-            recommendation = recommend(rows, axis, options.tolerance)
         return Summary(
             boundaries=boundaries(rows, axis) if axis else [],
             growths=growths(rows, axis) if axis else [],
-            recommendation=recommendation,
+            recommendations=recommend(rows, axis, options.tolerance) if options.tokens else [],
         )
 
     def write(self) -> list[pathlib.Path]:
         """Write the rows so far as CSV and draw them; return the files, none without a workdir."""
         from jaxscale.sweep.plots import draw
 
-        if not self.folder or not rows:
+        if not self.folder or not self.found:
             return []
         path = self.folder / f"{self.name}.csv"
-        write_csv(path, rows)
-        return [
-            path,
-            *draw(self.plan, rows, self.summary(rows).boundaries, self.folder / self.name),
-        ]
+        write_csv(path, self.found)
+        edges = self.summary().boundaries
+        return [path, *draw(self.plan, self.found, edges, self.folder / self.name)]
 
 
 def to_rows(run: Sweep) -> list[dict[str, Any]]:

@@ -61,12 +61,14 @@ class Recommendation:
     """The batch size to take.
 
     Attributes:
+      series: the line.
       batch: the largest that fits and does not degrade the validation loss; None if none is known.
       lowest_loss: of all that fit, nats per token.
       tolerance: share by which the loss may lie above that.
       verdicts: of each batch size: FITS, DEGRADES, TOO_LARGE or UNKNOWN.
     """
 
+    series: str
     batch: int | None
     lowest_loss: float | None
     tolerance: float
@@ -130,29 +132,32 @@ def growths(rows: Sequence[Row], axis: str) -> list[Growth]:
     found = []
     for series, line in by_series(rows, axis).items():
         for quantity in GROWING:
-            values = {r.settings[axis]: getattr(r, quantity) for r in line}
+            curve = (r for r in line if r.phase == CURVE)
+            values = {r.settings[axis]: getattr(r, quantity) for r in curve}
             points = [(x, y) for x, y in values.items() if y]
             fitted = growth(series, quantity, points)
             found += [fitted] if fitted else []
     return found
 
 
-def recommend(rows: Sequence[Row], axis: str, tolerance: float) -> Recommendation:
-    """Return the largest batch size that fits and whose validation loss is within the tolerance."""
-    losses = {r.settings[axis]: r.validation_loss for r in rows if r.verdict == OK}
-    known = [loss for loss in losses.values() if loss is not None]
-    lowest = min(known, default=None)
+def recommend(rows: Sequence[Row], axis: str, tolerance: float) -> list[Recommendation]:
+    """Return for each line the largest batch size that fits and whose loss is near the lowest."""
+    lines = by_series((row for row in rows if row.phase == CURVE), axis)
+    return [_recommend(name, line, axis, tolerance) for name, line in lines.items()]
+
+
+def _recommend(series: str, line: Sequence[Row], axis: str, tolerance: float) -> Recommendation:
+    known = [r.validation_loss for r in line if r.verdict == OK and r.validation_loss is not None]
+    lowest = min(known, default=math.inf)
     verdicts = {}
-    for row in sorted(rows, key=lambda r: r.settings[axis]):
-        batch, loss = row.settings[axis], losses.get(row.settings[axis])
-        if row.verdict == OUT_OF_MEMORY:
-            verdicts[batch] = TOO_LARGE
-        elif loss is None or lowest is None:
-            verdicts[batch] = UNKNOWN
-        else:
-            verdicts[batch] = FITS if loss <= lowest * (1 + tolerance) else DEGRADES
+    for row in line:
+        verdict = TOO_LARGE if row.verdict == OUT_OF_MEMORY else UNKNOWN
+        if row.verdict == OK and row.validation_loss is not None:
+            near = row.validation_loss <= lowest * (1 + tolerance)
+            verdict = FITS if near else DEGRADES
+        verdicts[row.settings[axis]] = verdict
     best = max((batch for batch, verdict in verdicts.items() if verdict == FITS), default=None)
-    return Recommendation(best, lowest, tolerance, verdicts)
+    return Recommendation(series, best, lowest if known else None, tolerance, verdicts)
 
 
 def overhead(rows: Sequence[Row], axis: str) -> dict[str, tuple[float, float | None]]:

@@ -72,8 +72,8 @@ def footer(run: Sweep) -> list[str]:
             f"  {g.series}: {g.quantity} {g.exponent:.2f} ({g.last_exponent:.2f})"
             for g in summary.growths
         ]
-    if summary.recommendation:
-        lines += recommendation_words(summary.recommendation)
+    for found in summary.recommendations:
+        lines += recommendation_words(found)
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in VERDICTS}
     ends = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     fake = "; fake devices: mechanics, not speed" if plan.fake else ""
@@ -95,7 +95,9 @@ def boundary_words(found: Boundary) -> str:
 
 def recommendation_words(found: Recommendation) -> Iterator[str]:
     """Yield a verdict for each batch size, then the recommendation."""
-    yield "batch sizes: " + ", ".join(f"{b} {verdict}" for b, verdict in found.verdicts.items())
+    yield f"batch sizes, {found.series}: " + ", ".join(
+        f"{b} {verdict}" for b, verdict in found.verdicts.items()
+    )
     if found.batch is None or found.lowest_loss is None:
         yield "no batch size is recommended: no validation loss is known"
         return
@@ -133,10 +135,10 @@ def _cells(row: Row, base: Row) -> tuple[str, ...]:
         f"`{row.technique}`",
         settings,
         format_bytes(row.temporary_bytes),
-        f"{saved:.1%}",
+        f"{round(saved, 3) + 0.0:.1%}",
         format_bytes(row.state_bytes),
         f"{(row.flops or 0) / GIGA:,.1f} G",
-        f"{more:+.1%}",
+        f"{round(more, 3) + 0.0:+.1%}",
     )
 
 

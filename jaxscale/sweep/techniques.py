@@ -118,7 +118,7 @@ TECHNIQUES = (
         (*_all_devices("mesh.stage"), ("train.accumulation_steps", 8)),
         on_devices=True,
     ),
-    Technique("sequence-ring+remat-full", (*_sequence("ring"), *REMAT, *BFLOAT16), on_devices=True),
+    Technique("sequence-ring+remat-full", (*_sequence("ring"), *REMAT), on_devices=True),
 )
 BY_NAME = {technique.name: technique for technique in TECHNIQUES}
 FIRST = TECHNIQUES[0].name
