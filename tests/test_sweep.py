@@ -167,17 +167,20 @@ def test_an_interrupted_sweep_keeps_what_is_known_and_goes_on(
 
 
 def test_a_point_does_not_outlive_its_parent(tmp_path: pathlib.Path) -> None:
-    """The parent is killed while the point compiles."""
-    code = (
-        "import sys, time, pathlib\n"
-        "from jaxscale.config import Config\n"
-        "from jaxscale.config_source import to_mapping\n"
-        "from jaxscale.sweep import child\n"
-        "request = {'task': 'point', 'config': to_mapping(Config()), 'devices': 'cpu:1',\n"
-        f"  'report': {str(tmp_path / 'report')!r}, 'compile_only': False, 'limit': 0}}\n"
-        "print(child._start(request, sys.stderr).pid, flush=True)\n"
-        "time.sleep(600)\n"
-    )
+    """The parent is killed while the point is at work on more steps than there is time for."""
+    report = tmp_path / "report"
+    code = f"""if True:
+        import sys, time
+        from jaxscale.config_source import load, to_mapping
+        from jaxscale.resolve import resolve
+        from jaxscale.sweep import child
+        overrides = [("model.num_layers", "1"), ("data.length", "16")]
+        config = resolve(load({CONFIG.removeprefix("--config=")!r}, overrides))
+        request = {{"task": "point", "config": to_mapping(config), "devices": "cpu:1"}}
+        request |= {{"report": {str(report)!r}, "compile_only": False, "limit": 0}}
+        request |= {{"steps": 10**9, "training": None}}
+        print(child._start(request, sys.stderr).pid, flush=True)
+        time.sleep(600)"""
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -187,12 +190,13 @@ def test_a_point_does_not_outlive_its_parent(tmp_path: pathlib.Path) -> None:
     )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    time.sleep(1)
-    os.kill(pid, 0)
+    while not report.exists():
+        assert alive(pid), "the point ended by itself"
+        time.sleep(0.05)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20
     while alive(pid):
         assert time.monotonic() < deadline, "the point goes on without its parent"
         time.sleep(0.1)
