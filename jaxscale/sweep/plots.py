@@ -72,7 +72,9 @@ def _lines(axes: Any, plan: Plan, rows: Sequence[Row], field: str, scale: float)
             x, y = zip(*points, strict=True)
             axes.plot(x, y, style, color=colour, marker=marker, markersize=4.5, label=series)
     values = sorted({row.settings[plan.axis] for row in rows})
-    axes.set_xscale("log", base=2)
+    if values[0] > 0:
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(values[0] / 1.2, values[-1] * 1.2)
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
@@ -148,11 +150,15 @@ def _overhead(axes: Any, costs: Mapping[str, tuple[float, float | None]], *, fak
         x, y = zip(*timed, strict=True)
         words = "seconds of a step" + (" (mechanics, not speed)" if fake else "")
         axes.plot(x, y, "D", color=VERMILION, markersize=6, label=words)
-        axes.legend(
-            loc="upper left", bbox_to_anchor=(0.0, -0.14), fontsize=8, frameon=False, ncols=2
-        )
     for place, ratio in zip(places, flops, strict=True):
-        axes.annotate(f" {ratio:.2f}", (ratio, place), va="center", fontsize=8)
+        axes.annotate(
+            f"{ratio:.2f}",
+            (ratio, place),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
     axes.axvline(1, color=GREY, linewidth=1)
     axes.margins(x=0.08)
     axes.figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=2)

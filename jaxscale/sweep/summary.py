@@ -134,7 +134,7 @@ def growths(rows: Sequence[Row], axis: str) -> list[Growth]:
         for quantity in GROWING:
             curve = (r for r in line if r.phase == CURVE)
             values = {r.settings[axis]: getattr(r, quantity) for r in curve}
-            points = [(x, y) for x, y in values.items() if y]
+            points = [(x, y) for x, y in values.items() if x > 0 and y]
             fitted = growth(series, quantity, points)
             found += [fitted] if fitted else []
     return found

@@ -84,11 +84,12 @@ def footer(run: Sweep) -> list[str]:
 
 def boundary_words(found: Boundary) -> str:
     """Return where memory ends on a line."""
-    if found.exceeds is None:
-        size = f"{found.fits} and more" if found.fits else "not known"
-    else:
-        size = str(found.fits) if found.fits else f"none; {found.exceeds} is too large"
     least = "at least " if found.exceeds is None else ""
+    if found.fits is None:
+        size = f"less than {found.exceeds}" if found.exceeds else "not known"
+    else:
+        more = f"{found.exceeds} is too large" if found.exceeds else "the largest tried"
+        size = f"{found.fits} ({more})"
     moved = f", {least}{found.moved:.2g} x" if found.moved is not None else ""
     return f"{found.series}: {size}{moved}"
 
