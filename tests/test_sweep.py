@@ -259,7 +259,7 @@ def test_real_points_are_measured(run: Run, tmp_path: pathlib.Path) -> None:
     assert large["step_seconds"] is None
     assert large["needed_bytes"] > 2 * 2**20 > small["needed_bytes"] > small["temporary_bytes"]
     assert small["flops"] > large["flops"] > 0
-    assert "of 2.0 MiB, says the compiler" in text
+    assert "bytes of 2,097,152, says the compiler" in text
 
 
 @pytest.mark.slow

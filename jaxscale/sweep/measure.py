@@ -21,7 +21,6 @@ import jax
 
 from jaxscale import config_source, records, runtime
 from jaxscale.config import Config, ConfigError
-from jaxscale.console import format_bytes
 from jaxscale.parallel.program import read_program
 from jaxscale.sweep.rows import FAILED, NO_ROOM, NOT_APPLICABLE, OK, OUT_OF_MEMORY
 from jaxscale.train.memory import bytes_on_device
@@ -65,7 +64,7 @@ def point(config: Config, request: dict[str, Any], report: Report) -> None:
     if limit and needed > limit:
         report(
             verdict=OUT_OF_MEMORY,
-            note=f"needs {format_bytes(needed)} of {format_bytes(limit)}, says the compiler",
+            note=f"needs {needed:,} bytes of {limit:,}, says the compiler",
         )
         return
     if request["compile_only"]:
