@@ -139,6 +139,52 @@ def pipelined(
     return join_rows(out_TBLD, rules, ACTIVATIONS)
 
 
+def on_each_device(
+    local: Callable[[Any], jax.Array],
+    x: Any,
+    in_specs: Any,
+    out_specs: PartitionSpec,
+    rules: Rules,
+    *,
+    check_vma: bool,
+) -> jax.Array:
+    """Call a function with each device's part of its input, in a shard_map.
+
+    Inside a stage too: there `jax.vmap` of a shard_map would gather what all stages have on each
+    device (seen in jax 0.10.2).
+
+    Args:
+      local: takes one device's part of `x`.
+      x: pytree of arrays.
+      in_specs: their PartitionSpecs within a stage, a tree of the same shape.
+      out_specs: that of the result.
+      rules: the sharding rules.
+      check_vma: whether JAX follows which mesh axes each value varies over.
+    """
+    shard_map = functools.partial(jax.shard_map, check_vma=check_vma)
+    within = shard_map(local, in_specs=(in_specs,), out_specs=out_specs)
+    stages = rules.mesh_axes("layers")
+    if not stages:
+        return within(x)
+    inside = jax.custom_batching.custom_vmap(within)
+
+    @inside.def_vmap
+    def over_stages(_: int, mapped: list[Any], x: Any) -> tuple[jax.Array, bool]:
+        def staged(spec: PartitionSpec, is_mapped: bool) -> PartitionSpec:
+            return PartitionSpec(stages, *spec) if is_mapped else spec
+
+        def of_one_stage(x: Any) -> jax.Array:
+            own = jax.tree.map(lambda a, is_mapped: a[0] if is_mapped else a, x, mapped[0])
+            return local(own)[None]
+
+        specs = jax.tree.map(staged, in_specs, mapped[0])
+        out = shard_map(of_one_stage, in_specs=(specs,), out_specs=staged(out_specs, True))(x)
+        return out, True
+
+    result: jax.Array = inside(x)
+    return result
+
+
 def _in_round(run_stage: Stage, parameters: Any, number: jax.Array, x: Any, riders: Any) -> Any:
     """Run a stage with its parameters (R, layers, ...) of one round."""
     choose = functools.partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)

@@ -138,6 +138,37 @@ class Rules:
         specs = (*self._gathered(logical), self.spec("batch", "length", "width"))
         return _lookup(table, ids_BL, specs, jnp.dtype(dtype))
 
+    def defer_sum(self, weight: jax.Array, logical: tuple[Axis, ...]) -> jax.Array:
+        """Return a parameter whose gradient each device keeps as its own sum, until `sum_deferred`.
+
+        Only over axes that do not cut the parameter itself; for one that all tokens share, like the
+        scale of a norm, nothing changes.
+        """
+        spec = self._deferred(logical, "reduced")
+        return weight if spec is None else jax.reshard(weight, spec)
+
+    def deferred_zeros(self, weight: jax.Array, logical: tuple[Axis, ...]) -> jax.Array:
+        """Return the zeros to which gradients of `defer_sum` parameters are added, in float32."""
+        spec = self._deferred(logical, "unreduced")
+        return jnp.zeros(weight.shape, jnp.float32, out_sharding=spec or self.spec(*logical))
+
+    def sum_deferred(self, gradient: jax.Array, logical: tuple[Axis, ...]) -> jax.Array:
+        """Return a gradient in its parameter's sharding, added up over devices in reduce_dtype."""
+        if self._deferred(logical, "unreduced") is None:
+            return gradient
+        own = gradient.astype(self.reduce_dtype)
+        return jax.reshard(own, self.spec(*logical)).astype(gradient.dtype)
+
+    def _deferred(self, logical: tuple[Axis, ...], kind: str) -> PartitionSpec | None:
+        """Return the spec of a deferred parameter or gradient, or None where there is no such."""
+        spec = self.spec(*logical)
+        # `embed` is what parameters have that go through `gather` or `lookup`.
+        if spec is None or "embed" not in logical:
+            return None
+        own = {axis for name in logical for axis in self.mesh_axes(name)}
+        axes = self._gathered(logical)[1] - own
+        return PartitionSpec(*spec, **{kind: axes}) if axes else None
+
     def _gathered(self, logical: tuple[Axis, ...]) -> tuple[Any, frozenset[str]]:
         """Return a parameter's spec without its FSDP shards, and the axes that cut the tokens.
 
@@ -175,6 +206,14 @@ def _lookup_backward(specs, dtype, residuals, gradient):  # type: ignore[no-unty
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A value that passes from a forward to a backward function and is no array."""
+
+    value: frozenset[str]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(
     weight: jax.Array,
@@ -196,13 +235,15 @@ def _whole(
 def _gather_forward(weight, whole, sharded, partial, dtypes):  # type: ignore[no-untyped-def]
     del sharded
     # Not by a call of `_gather`, in which a remat policy could not see the reshard.
-    return _whole(weight, whole, partial, dtypes), jnp.zeros((0,), weight.dtype)
+    deferred = jax.typeof(weight).sharding.spec.reduced
+    return _whole(weight, whole, partial, dtypes), (jnp.zeros((0,), weight.dtype), Static(deferred))
 
 
 def _gather_backward(whole, sharded, partial, dtypes, residual, gradient):  # type: ignore[no-untyped-def]
     del whole, partial
-    reduced = jax.reshard(gradient.astype(dtypes[1]), sharded)
-    return (reduced.astype(residual.dtype),)
+    like, deferred = residual
+    spec = PartitionSpec(*sharded, unreduced=deferred.value)
+    return (jax.reshard(gradient.astype(dtypes[1]), spec).astype(like.dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

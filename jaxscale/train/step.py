@@ -116,8 +116,13 @@ def _scaled(
     def add_part(sums: tuple[jax.Array, Params], part: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, part)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, in_float32(params))
-    return jax.lax.scan(add_part, (jnp.float32(0), zeros), microbatches(assembly, batch))[0]
+    # Over devices that hold the same shard, gradients are added up once, after the last part.
+    rules, axes = assembly.rules, assembly.definition.axes
+    zeros = jax.tree.map(rules.deferred_zeros, params, axes)
+    params = jax.tree.map(rules.defer_sum, params, axes)
+    sums = (jnp.float32(0), zeros)
+    loss, gradients = jax.lax.scan(add_part, sums, microbatches(assembly, batch))[0]
+    return loss, jax.tree.map(rules.sum_deferred, gradients, axes)
 
 
 def num_parts(assembly: Assembly) -> int:

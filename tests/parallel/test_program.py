@@ -211,6 +211,17 @@ def test_data_parallelism_sums_each_gradient_once() -> None:
     assert gradients <= payload < gradients + FEW_BYTES
 
 
+def test_accumulation_sums_over_replicas_once() -> None:
+    """But for what a norm has, which is small."""
+    train = {"accumulation_steps": 2}
+    gradients = 4 * num_parameters(abstract_state(assemble_tiny()).params)
+    scales = 4 * 5 * tiny_config().model.width
+    replicas = step_program(mesh={"data": 4}, train=train).by_kind()["all-reduce", ("data",)]
+    assert gradients <= replicas[1] < gradients + scales + FEW_BYTES
+    both = step_program(mesh={"data": 2, "fsdp": 2}, train=train).by_kind()
+    assert both["all-reduce", ("data",)][1] == (gradients - scales) / 2
+
+
 def test_fsdp_gathers_each_weight_for_each_pass() -> None:
     """Blocks forward and backward, embedding and head once; gradients are summed once."""
     model = tiny_config().model
@@ -248,3 +259,11 @@ def test_idle_stages_compute_what_the_bubble_says(
     useful = 1 - bubble_share(stages, parts, rounds)
     assert staged_layers * devices * useful == pytest.approx(layers, rel=1e-12)
     assert staged_rest * devices == pytest.approx(rest, rel=1e-12)
+
+
+@pytest.mark.parametrize("across", ["all_gather", "ring", "all_to_all"])
+def test_a_stage_hands_on_activations_and_nothing_else(across: str) -> None:
+    sections: dict[str, Any] = {"model": {"sequence_attention": across}}
+    program = step_program(mesh={"data": 2, "sequence": 2, "stage": 2}, **sections)
+    over_stages = {kind for kind, axes in program.by_kind() if axes == ("stage",)}
+    assert over_stages == {"collective-permute", "all-reduce"}

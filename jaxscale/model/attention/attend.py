@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from jaxscale.config import ConfigError, ModelConfig
 from jaxscale.model.attention.all_to_all import by_heads
 from jaxscale.model.attention.chunked import chunked_attention
-from jaxscale.model.attention.dense import Operands, dense_attention
+from jaxscale.model.attention.dense import Operands, Span, dense_attention
 from jaxscale.model.attention.flash import flash_attention
 from jaxscale.model.attention.ring import ring_attention, zigzag_order
+from jaxscale.parallel.pipeline import on_each_device
 from jaxscale.parallel.sharding import Axis, Rules
 
 Axes = tuple[str, ...]
@@ -111,13 +112,12 @@ def _on_each_device(
         v_BSKH=rules.place(x.v_BSKH, *pairs),
         keys=jax.tree.map(lambda a: rules.place(a, *places), x.keys),
     )
-    heads = rules.spec("batch", "length", "heads", "head_dim")
-    pair, tokens = rules.spec(*pairs), rules.spec("batch", "length")
-    specs: Any = (heads, pair, pair, tokens, rules.spec(*places))
-    across: Callable[..., jax.Array] = jax.shard_map(
-        local, in_specs=(Operands(*specs),), out_specs=heads, check_vma=check
-    )
-    return across(x)
+    heads: Any = rules.spec("batch", "length", "heads", "head_dim")
+    pair: Any = rules.spec(*pairs)
+    tokens: Any = rules.spec("batch", "length")
+    others: Any = rules.spec(*places)
+    specs = Operands(heads, pair, pair, Span(tokens, tokens), Span(others, others))
+    return on_each_device(local, x, specs, heads, rules, check_vma=check)
 
 
 def _per_query_head(pair_BSKH: jax.Array, num_heads: int, rules: Rules) -> jax.Array:
