@@ -16,7 +16,7 @@ from jaxscale.sweep.rows import CURVE, Row, by_series
 from jaxscale.sweep.summary import Boundary, overhead
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-MARKERS, STYLES = "osD^vP", ("-", "--", ":")
+MARKERS, STYLES = "osD^vP", ("-", "--", ":", "-.")
 GREY, BLUE, VERMILION = "#5A5A5A", "#0072B2", "#D55E00"
 DOTS_PER_INCH = 120
 UNITS = {"data.length": "tokens", "train.global_batch_size": "sequences"}
@@ -134,6 +134,7 @@ def _boundary(axes: Any, plan: Plan, boundaries: Sequence[Boundary]) -> None:
         axes.annotate(text, (boundary.fits, place), va="center", fontsize=8)
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(fits) / 2, max(fits) * 4)
+    axes.margins(y=0.03)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.invert_yaxis()
     axes.set_xlabel(f"largest {plan.axis} that fits [{UNITS.get(plan.axis, '')}]")
@@ -160,8 +161,8 @@ def _overhead(axes: Any, costs: Mapping[str, tuple[float, float | None]], *, fak
             fontsize=8,
         )
     axes.axvline(1, color=GREY, linewidth=1)
-    axes.margins(x=0.08)
+    axes.margins(x=0.08, y=0.03)
     axes.figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=2)
     axes.invert_yaxis()
     axes.set_xlabel("as a multiple of the baseline's, per device")
-    axes.set_title("What each technique costs in compute", loc="left")
+    axes.set_title("What each technique costs in compute, at the largest size of both", loc="left")
