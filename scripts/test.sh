@@ -30,13 +30,16 @@ check_tools() {
   done < <(printf '%s\n' "${TOOLS[@]:-}")
 }
 
-# Bring what scripts/bench_train.py compares with; its test skips by name where it cannot be had.
-install_bench() {
-  local minor
+# Bring what some tests need and no developer must have: PyTorch, which scripts/bench_train.py
+# compares with, and the TPU compiler. Those tests skip by name where it cannot be had.
+install_extras() {
+  local minor extra
   [[ "${JAXSCALE_VENV:-}" == none ]] && return
   minor="$("$VENV_PYTHON" -c 'import sys; print("%d%d" % sys.version_info[:2])')"
-  "$VENV_PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation \
-    --constraint "requirements/py$minor.txt" --editable '.[bench]' || [[ "${CI:-}" != true ]]
+  for extra in bench tpu; do
+    "$VENV_PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation \
+      --constraint "requirements/py$minor.txt" --editable ".[$extra]" || [[ "${CI:-}" != true ]]
+  done
 }
 
 # Run the tests marked smoke on the newest of SMOKE_MINORS that is here and is not the main Python.
@@ -70,8 +73,8 @@ heading "lint and types"
 "$VENV_PYTHON" -m mypy
 
 if [[ "$slow" == yes || "${CI:-}" == true ]]; then
-  heading "PyTorch, for the benchmark's test"
-  install_bench
+  heading "PyTorch and the TPU compiler, for the tests of both"
+  install_extras
   heading "smoke run on another Python"
   smoke_test
 else

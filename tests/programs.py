@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from jaxscale import records
 from jaxscale.checkpoint import read_params
@@ -26,11 +27,12 @@ from jaxscale.train.state import (
     Batch,
     TrainState,
     assemble,
+    in_layer_order,
     in_stage_order,
     init_params,
     init_state,
 )
-from jaxscale.train.step import compile_step
+from jaxscale.train.step import compile_step, loss_and_gradients
 
 # The bounds of the equality tests are those of `jaxscale verify`, which derives them.
 from jaxscale.verify.compare import GRADIENT_TOLERANCE_F32 as GRADIENT_TOLERANCE_F32
@@ -51,7 +53,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "qwen": {"biases": "qkv", "qk_norm": True, "rope_scaling": "linear", "rope_factor": 4.0},
     "parallel": {"block": "parallel", "activation": "gelu", "biases": "all"},
-    "relu": {"mlp": "plain", "activation": "relu", "norm_epsilon": 1e-1, "head_dim": 16},
+    "relu": {
+        "mlp": "plain",
+        "activation": "relu",
+        "norm_epsilon": 1e-1,
+        "head_dim": 16,
+        "attention_window": 5,
+    },
 }
 # Steps of the runs that tests/train/conftest.py makes.
 RUN_STEPS = 8
@@ -162,3 +170,19 @@ def last_lines(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
 
 def final_params(folder: pathlib.Path, step: int = RUN_STEPS) -> Any:
     return read_params(folder / records.CHECKPOINTS_DIR / str(step))
+
+
+def first_gradients(assembly: Assembly) -> tuple[float, Any]:
+    """Return loss and gradients of the first batch at the initial parameters."""
+    params = first_state(assembly).params
+    with jax.set_mesh(assembly.mesh):
+        compute = jax.jit(functools.partial(loss_and_gradients, assembly))
+        loss, gradients = compute(params, batch_on(assembly, 0))
+    return float(loss), jax.device_get(in_layer_order(assembly, gradients))
+
+
+def check_first_gradients(found: tuple[float, Any], expected: tuple[float, Any]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=LOSS_TOLERANCE_F32)
+    errors = relative_errors(found[1], expected[1])
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= GRADIENT_TOLERANCE_F32, worst

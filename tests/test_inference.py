@@ -18,7 +18,12 @@ from tests.programs import VARIANTS, VOCAB, assemble_tiny, first_state
 PROMPTS = [[1, 2, 3], list(range(40)), [5]]
 EOS = VOCAB - 1
 # Learned positions end somewhere; here behind what the tests generate.
-SHAPES = {"llama": {}, "gpt": {**VARIANTS["gpt"], "max_length": 256}}
+SHAPES = {
+    "llama": {},
+    "gpt": {**VARIANTS["gpt"], "max_length": 256},
+    # With a window.
+    "relu": VARIANTS["relu"],
+}
 
 
 @functools.cache

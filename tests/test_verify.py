@@ -201,6 +201,20 @@ def test_a_mask_off_by_one_in_a_variant_alone(run: Run, monkeypatch: pytest.Monk
     assert "MISMATCH: attention=dense sequence_attention=ring on data=2 sequence=4" in text
 
 
+def test_a_circular_pipeline_is_equal_layer_by_layer(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounds(*args: Any) -> list[cases.Variant]:
+        return [v for v in variants(*args) if "pipeline_rounds" in v.name]
+
+    monkeypatch.setattr(cases, "variants", rounds)
+    own = ["--config.train.pipeline_rounds=2", "--config.train.accumulation_steps=2"]
+    code, rows, _ = run("--meshes=stage=2", "--only=variants", "--steps=1", "--layers=4", *own)
+    assert code == 0
+    name = "accumulation_steps=4 pipeline_rounds=2 on stage=2"
+    assert [(row["case"], row["verdict"]) for row in rows] == [(name, "equal")]
+
+
 def test_a_missing_all_reduce_over_one_axis(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     right = step.loss_and_gradients
 
@@ -301,6 +315,7 @@ def test_what_has_no_room_is_told(
     ("arguments", "message"),
     [
         (["--meshes=fsdp=3,tensor=4"], "--meshes=fsdp=3,tensor=4 has more devices than the 8"),
+        (["--meshes=fsdp=2,fsdp=4"], "--meshes=fsdp=2,fsdp=4 names fsdp twice"),
         (["--meshes=width=2"], "width=2 is not AXIS=SIZE with an axis of stage, data"),
         (["--meshes=tensor=8"], "mesh.tensor=8 does not divide model.num_kv_heads=4"),
         (["--batch=3", "--length=15", "--layers=3"], "no mesh of 8 devices fits"),

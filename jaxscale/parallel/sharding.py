@@ -6,7 +6,7 @@ same model code runs on one device and under export.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from jaxscale.config import ConfigError, RulesConfig
 from jaxscale.parallel.mesh import AXES, STAGE_AXIS
 
 Axis = str | None
+# The logical axes that a config may move.
+RULES = tuple(field.name for field in dataclasses.fields(RulesConfig))
 
 
 def map_axes(function: Callable[[tuple[Axis, ...]], Any], axes: Any) -> Any:
@@ -91,8 +93,9 @@ class Rules:
         parts = [self.mesh_axes(name, mesh) for name in logical]
         used = [axis for part in parts for axis in part]
         if len(set(used)) < len(used):
-            raise ConfigError(
-                f"rules put two axes of ({', '.join(map(str, logical))}) on one mesh axis"
+            twice = next(axis for axis in used if used.count(axis) > 1)
+            raise _both_take(
+                twice, [name for name in logical if twice in self.mesh_axes(name, mesh)]
             )
         return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
@@ -264,10 +267,17 @@ def _check_together(table: Mapping[str, tuple[str, ...]]) -> None:
         for other in TOKEN_AXES:
             shared = set(table[name]) & set(table[other])
             if shared:
-                raise ConfigError(
-                    f"rules.{name} and rules.{other} both take mesh axis {min(shared)}; "
-                    f"take it out of one of them"
-                )
+                raise _both_take(min(shared), [name, other])
+
+
+def _both_take(axis: str, logical: Sequence[Axis]) -> ConfigError:
+    """Return the error of logical axes of one array that lie on the same mesh axis."""
+    rules = [f"rules.{name}" for name in logical if name in RULES]
+    if len(rules) < len(logical):
+        return ConfigError(f"{rules[0]} takes mesh axis {axis}, which cuts the layers; take it out")
+    return ConfigError(
+        f"{' and '.join(rules)} both take mesh axis {axis}; take it out of one of them"
+    )
 
 
 def finer_shardings(rules: Rules, mesh: Mesh, *, one_slice: bool) -> Iterator[tuple[str, Rules]]:
@@ -310,6 +320,5 @@ def check_divides(rules: Rules, mesh: Mesh, sizes: Mapping[str, tuple[int, str]]
             axes = rules.mesh_axes(logical, mesh)
             cause = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
             lower = " or ".join(f"mesh.{axis}" for axis in axes)
-            raise ConfigError(
-                f"{cause} does not divide {knob}={size}; lower {lower} or set rules.{logical}=None"
-            )
+            unset = f" or set rules.{logical}=None" if logical in RULES else ""
+            raise ConfigError(f"{cause} does not divide {knob}={size}; lower {lower}{unset}")

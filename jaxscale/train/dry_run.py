@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -20,6 +21,7 @@ from jaxscale.console import format_bytes
 from jaxscale.model.cost import num_parameters, train_flops_per_token
 from jaxscale.parallel.mesh import STAGE_AXIS
 from jaxscale.parallel.pipeline import bubble_words
+from jaxscale.parallel.program import read_program
 from jaxscale.train.memory import bytes_on_device, bytes_on_host, memory_of_device
 from jaxscale.train.state import abstract_batch, abstract_state, assemble
 from jaxscale.train.step import compile_step, program_bytes
@@ -49,6 +51,23 @@ class ArrayRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class CollectiveRow:
+    """The collectives of one kind over the same mesh axes, per device and step.
+
+    Attributes:
+      kind: as XLA calls it.
+      axes: mesh axes, with commas between.
+      number: how often one runs.
+      payload_bytes: of their arrays together.
+    """
+
+    kind: str
+    axes: str
+    number: int
+    payload_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class DryRun:
     """A training program that was compiled and not run; bytes are per device.
 
@@ -66,6 +85,8 @@ class DryRun:
       pipeline: stages, microbatches and bubble in words; empty without a pipeline.
       tokens_per_step: over all devices.
       model_flops_per_step: over all devices; docs/design.md has the formula.
+      compiled_flops: of the matmuls of the compiled step on each device; None if unknown.
+      collectives: what the compiled step sends, the most bytes first; None if unknown.
       compile_seconds: time the compiler took, or the compile cache.
     """
 
@@ -82,6 +103,8 @@ class DryRun:
     pipeline: str
     tokens_per_step: int
     model_flops_per_step: float
+    compiled_flops: float | None
+    collectives: tuple[CollectiveRow, ...] | None
     compile_seconds: float
 
     @property
@@ -104,6 +127,7 @@ def dry_run(config: Config) -> DryRun:
     tokens = config.train.global_batch_size * config.data.length
     train = config.train
     schedule = (assembly.mesh.shape[STAGE_AXIS], train.accumulation_steps, train.pipeline_rounds)
+    flops, collectives = _costs(program, assembly.mesh)
     return DryRun(
         mesh=dict(assembly.mesh.shape),
         device_kind=assembly.mesh.devices.flat[0].device_kind,
@@ -118,8 +142,24 @@ def dry_run(config: Config) -> DryRun:
         pipeline=bubble_words(*schedule) or "",
         tokens_per_step=tokens,
         model_flops_per_step=tokens * train_flops_per_token(config.model, config.data.length),
+        compiled_flops=flops,
+        collectives=collectives,
         compile_seconds=seconds,
     )
+
+
+def _costs(compiled: Any, mesh: Mesh) -> tuple[float | None, tuple[CollectiveRow, ...] | None]:
+    try:
+        program = read_program(compiled, mesh)
+    except ValueError:
+        # Not every compiler tells how often its loops run.
+        return None, None
+    rows = [
+        CollectiveRow(kind, ",".join(axes), number, payload)
+        for (kind, axes), (number, payload) in program.by_kind().items()
+    ]
+    flops = None if program.opaque_calls else program.flops
+    return flops, tuple(sorted(rows, key=lambda row: -row.payload_bytes))
 
 
 def _rows(params: Any, axes: Any) -> Iterator[ArrayRow]:
@@ -170,6 +210,14 @@ def _totals(result: DryRun) -> Iterator[tuple[str, str]]:
     yield "compiled step per device", f"{step} of {format_bytes(result.device_bytes)}"
     yield "tokens per step", f"{result.tokens_per_step:,}"
     yield "model FLOPs per step", f"{result.model_flops_per_step:.3g}"
+    if result.compiled_flops is not None:
+        useful = (
+            result.model_flops_per_step / result.compiled_flops / math.prod(result.mesh.values())
+        )
+        yield "matmul FLOPs per device", f"{result.compiled_flops:.3g}, {useful:.0%} of them useful"
+    for row in result.collectives or ():
+        sent = f"{row.number:,} x, {_bytes(row.payload_bytes)} per step"
+        yield f"{row.kind} over {row.axes}", sent
     yield "compiled in", f"{result.compile_seconds:.1f} s"
 
 

@@ -35,6 +35,7 @@ EXACT = (
     ("train.gradient_reduce_dtype", "float32"),
     ("train.loss_scale", 0.0),
     ("train.accumulation_steps", 1),
+    ("train.pipeline_rounds", 1),
     ("data.window_stride", 0),
 )
 
@@ -149,7 +150,7 @@ def make_plan(config: Config, options: Options) -> Plan:
     if jax.process_count() > 1:
         raise ConfigError("verify works in a single process; unset WORLD_SIZE, or set it to 1")
     config = checkable(config, options, len(devices))
-    asked = [_parse_mesh(text, len(devices)) for text in options.meshes]
+    asked = list(dict.fromkeys(_parse_mesh(text, len(devices)) for text in options.meshes))
     every = mesh_sizes(len(devices), fewer=options.fewer_devices)
     tried = asked or list(dict.fromkeys([*_own_mesh(config, len(devices)), *every]))
     fitting, refused = _assemble_all(config, tried)
@@ -228,13 +229,16 @@ def _parse_mesh(text: str, num_devices: int) -> Sizes:
     Raises:
       ConfigError: it is no such thing, or has more devices than there are.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes, named = dict.fromkeys(AXES, 1), set()
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or not size.isdigit() or size == "0":
+        if axis not in AXES or not size.isdecimal() or int(size) == 0:
             raise ConfigError(
                 f"--meshes={text}: {part} is not AXIS=SIZE with an axis of {', '.join(AXES)}"
             )
+        if axis in named:
+            raise ConfigError(f"--meshes={text} names {axis} twice; give --meshes once per mesh")
+        named.add(axis)
         sizes[axis] = int(size)
     if math.prod(sizes.values()) > num_devices:
         raise ConfigError(f"--meshes={text} has more devices than the {num_devices} there are")

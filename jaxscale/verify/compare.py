@@ -17,7 +17,14 @@ import optax
 from jaxscale import records
 from jaxscale.config import Config, OptimizerConfig
 from jaxscale.train.memory import bytes_on_device
-from jaxscale.train.state import BATCH_DTYPES, Assembly, abstract_state, init_state
+from jaxscale.train.state import (
+    BATCH_DTYPES,
+    Assembly,
+    abstract_state,
+    in_layer_order,
+    in_stage_order,
+    init_state,
+)
 from jaxscale.train.step import compile_step, program_bytes
 from jaxscale.train.step_speed import check_room
 
@@ -51,7 +58,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """What a program computed in some steps.
+    """What a program computed in some steps, the layers in their own order.
 
     Attributes:
       initial: parameters before the first step.
@@ -127,6 +134,7 @@ def run_steps(assembly: Assembly, batches: Sequence[Arrays], params: Any = None)
     check_room(program_bytes(program) or 0, assembly.mesh)
     if params is not None:
         params = jax.device_put(params, assembly.definition.shardings(assembly.mesh))
+        params = in_stage_order(assembly, params)
     state = init_state(assembly, params)
     # Each step takes the state before it apart.
     initial = gradients = jax.tree.map(jnp.copy, state.params)
@@ -139,9 +147,9 @@ def run_steps(assembly: Assembly, batches: Sequence[Arrays], params: Any = None)
                 gradients = jax.tree.map(jnp.copy, momentum)
             metrics.append(jax.device_get(step_metrics))
     return Numbers(
-        initial=initial,
-        gradients=gradients,
-        params=state.params,
+        initial=in_layer_order(assembly, initial),
+        gradients=in_layer_order(assembly, gradients),
+        params=in_layer_order(assembly, state.params),
         losses=[float(m[records.LOSS]) for m in metrics],
         gradient_norms=[float(m[records.GRADIENT_NORM]) for m in metrics],
         hashes=[int(m[records.BATCH_HASH]) for m in metrics],
@@ -195,7 +203,7 @@ def compare(found: Numbers, expected: Numbers, num_tokens: int) -> list[Deviatio
     deviations = [_batches(found.hashes, expected.hashes)]
     for quantity, values, right, tolerance in scalars:
         errors = {
-            f"step {step}": abs(a - b) / abs(b)
+            f"step {step}": _relative(abs(a - b), abs(b))
             for step, (a, b) in enumerate(zip(values, right, strict=True), start=1)
         }
         deviations.append(_largest(quantity, errors, tolerance))
@@ -229,8 +237,13 @@ def relative_errors(found: Any, expected: Any) -> dict[str, float]:
         scale = scale if scale > VANISHED * around else around
         difference = max(_differences(values, leaf))
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        errors[name] = difference / scale if scale else (math.inf if difference else 0.0)
+        errors[name] = _relative(difference, scale)
     return errors
+
+
+def _relative(difference: float, scale: float) -> float:
+    """Return difference / scale; no difference is no error, though everything be 0."""
+    return difference / scale if scale else (math.inf if difference else 0.0)
 
 
 def _differences(values: jax.Array, expected: np.ndarray) -> Iterator[float]:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,6 +65,12 @@ def run_plan(plan: Plan) -> Iterator[Row]:
         raise ConfigError(
             f"one device cannot run it: {error}; lower --layers, --length or --batch"
         ) from error
+    bad = [step for step, loss in enumerate(expected.losses, 1) if not math.isfinite(loss)]
+    if bad:
+        raise ConfigError(
+            f"on one device the loss of step {bad[0]} is no finite number, which nothing can be "
+            "compared with; lower --steps or --layers"
+        )
     for case in plan.cases:
         started = time.perf_counter()
         deviations, note = [], ""

@@ -1,15 +1,25 @@
 """Attention against plain numpy, one query at a time, and every kind against the dense one."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.model.attention.attend import ALGORITHMS
-from jaxscale.model.attention.chunked import block_size, chunked_attention
+from jaxscale.config import ConfigError, MeshConfig, ModelConfig, RulesConfig
+from jaxscale.model.attention.attend import ALGORITHMS, check_attention
+from jaxscale.model.attention.chunked import (
+    block_size,
+    chunked_attention,
+    no_gradients,
+    no_sums,
+)
 from jaxscale.model.attention.dense import Operands, dense_attention
 from jaxscale.model.attention.ring import zigzag_order
+from jaxscale.parallel.mesh import make_mesh
+from jaxscale.parallel.sharding import Rules
 from tests.attentions import H, K, N, draw, with_gradients
 from tests.programs import GRADIENT_TOLERANCE_F32, relative_errors
 
@@ -46,6 +56,21 @@ def test_chunked_equals_dense(length: int, documents: int, window: int) -> None:
     found = with_gradients(chunked_attention, x, window)
     expected = with_gradients(dense_attention, x, window)
     assert max(relative_errors(found, expected).values()) < GRADIENT_TOLERANCE_F32
+
+
+def test_what_is_added_up_over_blocks_of_bfloat16_is_float32() -> None:
+    q, k = jnp.ones((1, 2, 2, 4, 8), jnp.bfloat16), jnp.ones((1, 2, 4, 8), jnp.bfloat16)
+    carried = (*no_sums(q), *no_gradients(q, k, k))
+    assert {x.dtype.name for x in carried} == {"float32"}
+
+
+def test_all_to_all_needs_the_heads_that_tensor_leaves() -> None:
+    mesh = make_mesh(MeshConfig(data=1, sequence=4, tensor=2), jax.devices())
+    rules = Rules.make(RulesConfig())
+    model = ModelConfig(sequence_attention="all_to_all", num_heads=8)
+    check_attention(model, rules, mesh, 16)
+    with pytest.raises(ConfigError, match="mesh.sequence=4 does not divide the 2 heads of"):
+        check_attention(dataclasses.replace(model, num_heads=4), rules, mesh, 16)
 
 
 def test_blocks_divide_the_length() -> None:

@@ -14,10 +14,13 @@ from jaxscale.model.cost import (
 from jaxscale.resolve import resolve
 from tests.conftest import ROOT
 
-# Per layer 4 x width^2 for attention and 3 (gated) or 2 x width x hidden; then width x vocabulary.
+# Per layer 4 x width^2 for attention where every head has keys of its own, and 3 (gated) or 2 x
+# width x hidden; then width x vocabulary.
 # FLOPs per token: 6 x these + 6 x length x width x layers.
 BY_HAND = {
     "llama2-7b": (6_607_077_376, 4096, 42_863_689_728),
+    # 8 key/value heads for 32 query heads.
+    "llama3-8b": (7_504_658_432, 8192, 51_470_401_536),
     "125m": (123_568_128, 1024, 798_031_872),
 }
 

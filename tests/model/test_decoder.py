@@ -65,7 +65,8 @@ def attend(model: ModelConfig, h: np.ndarray, segments: np.ndarray, weights: Tre
     for head in range(model.num_heads):
         kv_head = head // (model.num_heads // model.num_kv_heads)
         for i in range(length):
-            seen = [j for j in range(i + 1) if segments[j] == segments[i]]
+            oldest = max(0, i + 1 - (model.attention_window or length))
+            seen = [j for j in range(oldest, i + 1) if segments[j] == segments[i]]
             scores = parts["key"][seen, kv_head] @ parts["query"][i, head]
             share = np.exp(scores / math.sqrt(model.head_dim))
             out[i, head] = share / share.sum() @ parts["value"][seen, kv_head]

@@ -38,6 +38,10 @@ def test_slices_are_spanned_by_the_slow_axis_alone(devices: list[jax.Device]) ->
     assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
     stages = make_mesh(MeshConfig(stage=2, data=1, fsdp=4, num_slices=2), devices)
     assert [device.id // 4 for device in stages.devices.reshape(2, 4)[1]] == [1] * 4
+    # Stages inside of slices, which replicas span: each replica is in one slice.
+    both = make_mesh(MeshConfig(stage=2, data=2, fsdp=2, num_slices=2), devices)
+    ids = [[device.id for device in row] for row in both.devices.reshape(4, 2)]
+    assert ids == [[0, 1], [4, 5], [2, 3], [6, 7]]
     with pytest.raises(ConfigError, match="mesh.num_slices=2 divides neither mesh.data=1"):
         make_mesh(MeshConfig(data=1, fsdp=8, num_slices=2), devices)
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.config import MeshConfig, RulesConfig
+from jaxscale.config import ConfigError, MeshConfig, RulesConfig
 from jaxscale.parallel.mesh import make_mesh
 from jaxscale.parallel.pipeline import (
     bubble_share,
     bubble_words,
+    check_pipeline,
     cut_rows,
     join_rows,
     pipelined,
@@ -70,9 +71,19 @@ def test_every_row_passes_all_layers_in_order(
         assert d_weights[list(order).index(layer)] == pytest.approx(slope, rel=1e-4)
 
 
-def test_each_stage_computes_once_per_tick(devices: list[jax.Device]) -> None:
-    """T + S - 1 ticks of one microbatch each, of which T count: the bubble is what the rest is."""
+@pytest.mark.parametrize(
+    ("rounds", "bubble", "words"),
+    [
+        (1, 3 / 11, "4 stages, 8 microbatches: 27% of the ticks are bubble"),
+        (2, 3 / 19, "4 stages, 8 microbatches, 2 rounds: 16% of the ticks are bubble"),
+    ],
+)
+def test_each_stage_computes_once_per_tick(
+    devices: list[jax.Device], rounds: int, bubble: float, words: str
+) -> None:
+    """T R + S - 1 ticks of one microbatch each, of which T R count: the rest is the bubble."""
     S, T, width = 4, 8, 16
+    rules = Rules.make(RulesConfig(), pipeline_rounds=rounds)
     mesh = make_mesh(MeshConfig(stage=S, data=1), devices[:S])
 
     def matmul(weights: jax.Array, x: jax.Array, _: None) -> jax.Array:
@@ -80,20 +91,29 @@ def test_each_stage_computes_once_per_tick(devices: list[jax.Device]) -> None:
 
     with jax.set_mesh(mesh):
         weights = jax.ShapeDtypeStruct(
-            (S, width, width), jnp.float32, sharding=RULES.sharding(mesh, "layers", None, None)
+            (S * rounds, width, width),
+            jnp.float32,
+            sharding=RULES.sharding(mesh, "layers", None, None),
         )
         x = jax.ShapeDtypeStruct((T, L, width), jnp.float32)
         traced = jax.make_jaxpr(
-            lambda w, x: pipelined(matmul, w, x, None, num_microbatches=T, rules=RULES)
+            lambda w, x: pipelined(matmul, w, x, None, num_microbatches=T, rules=rules)
         )(weights, x)
     [scan] = [eqn for eqn in traced.eqns if eqn.primitive.name == "scan"]
     [product] = [eqn for eqn in scan.params["jaxpr"].eqns if eqn.primitive.name == "dot_general"]
     done = scan.params["length"] * product.outvars[0].aval.size
-    assert done == S * (T + S - 1) * L * width
-    useful = S * T * L * width
-    assert 1 - useful / done == pytest.approx(bubble_share(S, T, 1)) == 3 / 11
-    words = "4 stages, 8 microbatches: 27% of the ticks are bubble"
-    assert (bubble_words(S, T, 1), bubble_words(1, 8, 1)) == (words, None)
+    useful = S * T * rounds * L * width
+    assert 1 - useful / done == pytest.approx(bubble_share(S, T, rounds)) == bubble
+    assert (bubble_words(S, T, rounds), bubble_words(1, T, rounds)) == (words, None)
+
+
+def test_a_schedule_that_does_not_fit_is_named_with_its_remedy() -> None:
+    for fitting in ((8, 4, 4, 2), (8, 4, 1, 1), (7, 1, 1, 5)):
+        check_pipeline(*fitting)
+    with pytest.raises(ConfigError, match="raise train.accumulation_steps=3 to 4"):
+        check_pipeline(8, 4, 3, 2)
+    with pytest.raises(ConfigError, match="=3 x mesh.stage=2 does not divide model.num_layers=8"):
+        check_pipeline(8, 2, 2, 3)
 
 
 def test_rows_are_cut_and_joined_again() -> None:

@@ -36,9 +36,17 @@ def test_a_wrong_rule_is_named(rules: RulesConfig, message: str) -> None:
 
 
 def test_two_axes_of_an_array_on_one_mesh_axis_are_refused(devices: list[jax.Device]) -> None:
-    mesh = make_mesh(MeshConfig(data=1, tensor=8), devices)
-    with pytest.raises(ConfigError, match="put two axes of"):
-        Rules.make(RulesConfig(embed="tensor")).spec("embed", "hidden", mesh=mesh)
+    mesh = make_mesh(MeshConfig(data=1, stage=2, tensor=4), devices)
+    with pytest.raises(ConfigError) as caught:
+        Rules.make(RulesConfig(embed="tensor")).spec("embed", None, "hidden", mesh=mesh)
+    assert str(caught.value) == (
+        "rules.embed and rules.hidden both take mesh axis tensor; take it out of one of them"
+    )
+    with pytest.raises(ConfigError) as caught:
+        Rules.make(RulesConfig(embed="stage")).spec("layers", "embed", mesh=mesh)
+    assert (
+        str(caught.value) == "rules.embed takes mesh axis stage, which cuts the layers; take it out"
+    )
 
 
 def test_what_does_not_divide_is_named_with_its_remedy(devices: list[jax.Device]) -> None:
@@ -52,6 +60,10 @@ def test_what_does_not_divide_is_named_with_its_remedy(devices: list[jax.Device]
     assert str(caught.value) == expected
     rules = Rules.make(RulesConfig(kv_heads=None))
     check_divides(rules, mesh, {"kv_heads": (4, "model.num_kv_heads")})
+    # No rule moves the layers.
+    mesh = make_mesh(MeshConfig(data=1, stage=8), devices)
+    with pytest.raises(ConfigError, match=r"divide model.num_layers=4; lower mesh.stage$"):
+        check_divides(RULES, mesh, {"layers": (4, "model.num_layers")})
 
 
 @pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
@@ -96,3 +108,23 @@ def test_gather_moves_the_compute_dtype_and_reduces_gradients_once(
         program = str(jax.make_jaxpr(jax.grad(loss))(placed, batch))
     short = {"float32": "f32", "bfloat16": "bf16"}[reduce_dtype]
     assert f":{short}[16@fsdp,8] = reshard" in program
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_the_gradient_of_a_frequent_token_loses_no_term(
+    devices: list[jax.Device], fsdp: int
+) -> None:
+    """In bfloat16 a sum of ones ends at 256, where the next one is rounded away."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp), devices[:fsdp])
+    with jax.set_mesh(mesh):
+        table = jnp.ones((2, 8), out_sharding=RULES.spec("vocab", "embed"))
+        ids = jnp.zeros((8, 512), jnp.int32, out_sharding=RULES.spec("batch", "length"))
+
+        @jax.jit
+        @jax.grad
+        def gradient(table: jax.Array) -> jax.Array:
+            rows = RULES.lookup(table, ("vocab", "embed"), ids, jnp.bfloat16)
+            assert rows.dtype == jnp.bfloat16
+            return jnp.sum(rows.astype(jnp.float32))
+
+        np.testing.assert_array_equal(gradient(table), [[8 * 512] * 8, [0] * 8])

@@ -70,10 +70,29 @@ def test_parameters_and_flops_by_hand(result: DryRun) -> None:
     assert result.model_flops_per_step == 8 * 16 * per_token
 
 
-def test_the_table_names_every_parameter_and_its_mesh_axes(result: DryRun) -> None:
+def test_it_tells_what_travels_and_what_is_computed_in_vain(result: DryRun) -> None:
+    assert result.collectives
+    assert result.compiled_flops
+    found = {(row.kind, row.axes): row for row in result.collectives}
+    weights = 2 * (32 * 4 * (2 * 8 + 2 * 4) + 3 * 32 * 64)
+    # Both passes gather the blocks in float32, one of them embedding and head; half of it on a
+    # device, since tensor=2.
+    assert found["all-gather", "fsdp"].payload_bytes == 4 * (2 * weights + 2 * 64 * 32) / 2
+    computed = 8 * result.compiled_flops
+    assert 0.5 * computed < result.model_flops_per_step < computed
+    assert f"{result.model_flops_per_step / computed:.0%} of them useful" in text_of(result)
+    unknown = dataclasses.replace(result, compiled_flops=None, collectives=None)
+    assert "useful" not in text_of(unknown)
+
+
+def text_of(result: DryRun) -> str:
     stream = io.StringIO()
     Console(file=stream, width=120).print(render(result))
-    text = stream.getvalue().replace("\u00a0", " ")
+    return stream.getvalue().replace("\u00a0", " ")
+
+
+def test_the_table_names_every_parameter_and_its_mesh_axes(result: DryRun) -> None:
+    text = text_of(result)
     assert all(row.name in text for row in result.parameters)
     assert "2 layers, 32 embed/fsdp, 8 heads/tensor, 4 head_dim" in text
     assert "data=2 fsdp=2 tensor=2" in text

@@ -7,48 +7,18 @@ import jax
 import numpy as np
 import pytest
 
-from jaxscale.train.state import Assembly, in_layer_order, init_state, jit_init_params
-from jaxscale.train.step import loss_and_gradients
+from jaxscale.train.state import init_state, jit_init_params
+from tests.meshes import MESHES, STAGES, name_of
 from tests.programs import (
     GRADIENT_TOLERANCE_F32,
-    LOSS_TOLERANCE_F32,
     VARIANTS,
     assemble_tiny,
-    batch_on,
-    first_state,
+    check_first_gradients,
+    first_gradients,
     relative_errors,
     train_steps,
 )
 
-MESHES = [
-    {"data": 8},
-    {"fsdp": 8},
-    {"sequence": 8},
-    {"tensor": 4},
-    {"data": 2, "fsdp": 4},
-    {"data": 2, "tensor": 4},
-    {"data": 4, "sequence": 2},
-    {"fsdp": 2, "tensor": 4},
-    {"fsdp": 4, "sequence": 2},
-    {"sequence": 4, "tensor": 2},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"data": 2, "sequence": 2, "tensor": 2},
-    {"fsdp": 2, "sequence": 2, "tensor": 2},
-]
-# The same with a pipeline, its microbatches and its rounds.
-STAGES = [
-    ({"stage": 2}, 1, 1),
-    ({"stage": 4}, 8, 1),
-    ({"stage": 2}, 2, 2),
-    ({"stage": 2, "data": 4}, 2, 2),
-    ({"stage": 4, "data": 2}, 2, 1),
-    ({"stage": 2, "fsdp": 4}, 2, 2),
-    ({"stage": 2, "sequence": 4}, 4, 2),
-    ({"stage": 2, "tensor": 4}, 8, 2),
-    ({"stage": 2, "sequence": 2, "tensor": 2}, 4, 2),
-    ({"stage": 2, "fsdp": 2, "tensor": 2}, 4, 1),
-    ({"stage": 2, "data": 2, "num_slices": 2}, 2, 1),
-]
 PROGRAMS: dict[str, dict[str, Any]] = {
     "residual region along sequence and tensor": {
         "mesh": {"sequence": 2, "tensor": 4},
@@ -122,29 +92,9 @@ ATTENTIONS = [
 ]
 
 
-def name_of(mesh: dict[str, int]) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in mesh.items())
-
-
-def first_gradients(assembly: Assembly) -> tuple[float, Any]:
-    """Return loss and gradients of the first batch at the initial parameters."""
-    params = first_state(assembly).params
-    with jax.set_mesh(assembly.mesh):
-        compute = jax.jit(functools.partial(loss_and_gradients, assembly))
-        loss, gradients = compute(params, batch_on(assembly, 0))
-    return float(loss), jax.device_get(in_layer_order(assembly, gradients))
-
-
 @functools.cache
 def reference(variant: str = "llama") -> tuple[float, Any]:
     return first_gradients(assemble_tiny(model=VARIANTS[variant]))
-
-
-def check_first_gradients(found: tuple[float, Any], expected: tuple[float, Any]) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=LOSS_TOLERANCE_F32)
-    errors = relative_errors(found[1], expected[1])
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] <= GRADIENT_TOLERANCE_F32, worst
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=name_of)
@@ -231,38 +181,6 @@ def test_zero_1_trains_like_one_device() -> None:
     assert any("fsdp" in str(leaf.sharding.spec) for leaf in moments)
     losses, _ = train_steps(assembly)
     np.testing.assert_allclose(losses, trained_reference()[0], rtol=GRADIENT_TOLERANCE_F32)
-
-
-# bfloat16 keeps 8 bits, so one rounding errs by at most 2^-9 of a value; an activation or its
-# gradient passes some 20 roundings in two layers, which add up like a random walk, and the largest
-# of a leaf's errors counts: 2^-9 x sqrt(20) x 4 deviations.
-GRADIENT_TOLERANCE_BF16 = 0.035
-
-
-@pytest.mark.parametrize(
-    "mesh", [{}, {"fsdp": 8}, {"fsdp": 2, "sequence": 2, "tensor": 2}], ids=name_of
-)
-def test_bfloat16_gradients_stay_close_to_float32(mesh: dict[str, int]) -> None:
-    shape = {"num_kv_heads": 0, "biases": "all", "norm": "layernorm"}
-    exact = skewed_gradients(assemble_tiny(model=shape))
-    rounded = skewed_gradients(
-        assemble_tiny(mesh=mesh, model={**shape, "compute_dtype": "bfloat16"})
-    )
-    errors = relative_errors(rounded, exact)
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] <= GRADIENT_TOLERANCE_BF16, worst
-
-
-def skewed_gradients(assembly: Assembly) -> Any:
-    """Return the gradients of a batch in which one token is nearly all there is."""
-    batch = batch_on(assembly, 0)
-    batch["tokens"] = jax.device_put(
-        np.where(np.asarray(batch["tokens"]) < 60, 5, batch["tokens"]), assembly.batch_sharding
-    )
-    params = first_state(assembly).params
-    with jax.set_mesh(assembly.mesh):
-        compute = jax.jit(functools.partial(loss_and_gradients, assembly))
-        return jax.device_get(compute(params, batch)[1])
 
 
 def test_accumulation_of_4_times_2_equals_1_times_8() -> None:

@@ -40,6 +40,7 @@ REMATS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "offload": ({"fsdp": 2, "tensor": 2}, NAMES),
     "offload, written out": ({}, {**NAMES, **WRITTEN_OUT}),
     "offload, one in 2": ({"data": 2, "sequence": 2}, {**NAMES, "remat_every": 2}),
+    "offload, stages": ({"stage": 2, "data": 2}, NAMES),
 }
 
 
@@ -55,25 +56,64 @@ def test_what_the_backward_pass_keeps_changes_no_gradient(name: str) -> None:
     check_first_gradients(first_gradients(assembly), plain())
 
 
-def program(mesh: dict[str, int] | None = None, **model: Any) -> str:
+def program(mesh: dict[str, int] | None = None, **model: Any) -> Any:
     """Return the step's gradients as a jaxpr."""
     assembly = assemble_tiny(mesh=mesh, model={"num_layers": LAYERS, **model})
     params, batch = abstract_state(assembly).params, batch_on(assembly, 0)
     with jax.set_mesh(assembly.mesh):
-        return str(jax.make_jaxpr(functools.partial(loss_and_gradients, assembly))(params, batch))
+        return jax.make_jaxpr(functools.partial(loss_and_gradients, assembly))(params, batch)
 
 
-def test_only_offloaded_activations_go_to_the_host() -> None:
-    shape = "f32<host>[8,16,8,4]"
-    assert shape in program(**NAMES)
-    assert "<host>" not in program(**{**NAMES, "remat_names": ("query", "up", "context")})
+def kept_shapes(**model: Any) -> list[tuple[int, ...]]:
+    """Return the shapes that the forward pass over the blocks stacks for the backward pass."""
+    scans = [eqn for eqn in program(**model).eqns if eqn.primitive.name == "scan"]
+    forward = next(eqn for eqn in scans if eqn.params["length"] == LAYERS)
+    stacked = [out.aval.shape for out in forward.outvars[forward.params["num_carry"] :]]
+    assert all(layers == LAYERS for layers, *_ in stacked)
+    return sorted(tuple(shape[1:]) for shape in stacked)
+
+
+# The arrays of a block that there are, at 8 rows of 16 tokens.
+STREAM, HIDDEN, QUERY, PAIR = (8, 16, 32), (8, 16, 64), (8, 16, 8, 4), (8, 16, 4, 4)
+CONTEXT, LOG_TOTAL = (8, 4, 2, 16, 4), (8, 4, 2, 16, 1)
+MATMULS = [QUERY, PAIR, PAIR, STREAM, HIDDEN, HIDDEN]
+
+
+@pytest.mark.parametrize(
+    ("attention", "remat", "names", "expected"),
+    [
+        ("dense", "full", (), []),
+        ("dense", "names", ("query",), [QUERY]),
+        ("dense", "names", ("context",), [CONTEXT]),
+        # With the logarithms of the sums no score is computed anew.
+        ("chunked", "names", ("context",), [CONTEXT, LOG_TOTAL]),
+        ("dense", "names", ("key", "value", "attention_out", "gate"), [PAIR, PAIR, STREAM, HIDDEN]),
+        # Attention's scores, 16 x 16 for each head, are none of them.
+        ("dense", "dots", (), MATMULS),
+        ("chunked", "dots", (), MATMULS),
+    ],
+)
+def test_a_block_keeps_its_input_and_what_remat_says(
+    attention: str, remat: str, names: tuple[str, ...], expected: list[Any]
+) -> None:
+    found = kept_shapes(attention=attention, remat=remat, remat_names=names)
+    assert found == sorted([STREAM, *expected])
+
+
+@pytest.mark.parametrize(("mesh", "rows"), [({}, "8"), ({"stage": 2}, "2@stage,8")], ids=str)
+def test_only_offloaded_activations_go_to_the_host(mesh: dict[str, int], rows: str) -> None:
+    shape = f"f32<host>[{rows},16,8,4]"
+    assert shape in str(program(mesh, **NAMES))
+    assert "<host>" not in str(
+        program(mesh, **{**NAMES, "remat_names": ("query", "up", "context")})
+    )
 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_no_gathered_weight_is_kept(every: int) -> None:
     """Whole along FSDP there are single layers' weights, and nothing that the scan has stacked."""
     remat = {"remat": "none" if every == 1 else "full", "remat_every": every}
-    shapes = re.findall(r"f32\[([^\]]*)\]\{R:fsdp\}", program({"fsdp": 4}, **remat))
+    shapes = re.findall(r"f32\[([^\]]*)\]\{R:fsdp\}", str(program({"fsdp": 4}, **remat)))
     assert "32,64" in shapes
     assert not [shape for shape in shapes if shape.startswith((f"{LAYERS},", f"{LAYERS // 2},"))]
 

@@ -7,7 +7,7 @@ from jaxscale.config import ConfigError
 from jaxscale.verify import cases
 from jaxscale.verify.cases import Options, fit_variant, make_plan, variants
 from jaxscale.verify.compare import SGD
-from tests.programs import tiny_config
+from tests.programs import assemble_tiny, tiny_config
 
 
 def test_the_configs_own_mesh_comes_first_and_the_limit_is_kept() -> None:
@@ -59,6 +59,21 @@ def test_a_variant_that_fits_no_mesh_says_why() -> None:
     assert "does not divide the 6 heads" in reason
     unsuited = cases.Variant((), whole=("length",))
     assert fit_variant(unsuited, [plan.cases[1].assembly]) == "no mesh suits it"
+
+
+def test_a_variant_runs_on_the_mesh_that_cuts_most() -> None:
+    replicas, many = (
+        assemble_tiny(mesh=mesh) for mesh in ({"data": 8}, {"fsdp": 2, "sequence": 2, "tensor": 2})
+    )
+    chunked = cases.Variant((("model.attention", "chunked"),), cut=("length",))
+    assert fit_variant(chunked, [replicas]) == "no mesh cuts length"
+    found = fit_variant(chunked, [replicas, many])
+    assert isinstance(found, cases.Case)
+    assert found.name == "attention=chunked on fsdp=2 sequence=2 tensor=2"
+    assert found.assembly.config.model.attention == "chunked"
+    whole = cases.Variant((), whole=("length",))
+    alone = fit_variant(whole, [many, replicas])
+    assert isinstance(alone, cases.Case) and alone.mesh == "data=8"
 
 
 def test_one_device_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
