@@ -216,7 +216,7 @@ def _totals(result: DryRun) -> Iterator[tuple[str, str]]:
         )
         yield "matmul FLOPs per device", f"{result.compiled_flops:.3g}, {useful:.0%} of them useful"
     for row in result.collectives or ():
-        sent = f"{row.number:,} x, {_bytes(row.payload_bytes)} per step"
+        sent = f"{row.number:,} x, {format_bytes(row.payload_bytes)} per step"
         yield f"{row.kind} over {row.axes}", sent
     yield "compiled in", f"{result.compile_seconds:.1f} s"
 

@@ -73,7 +73,7 @@ def test_the_page_has_the_table_that_its_command_gives() -> None:
     if version[1] != jax.__version__:
         pytest.skip(f"the table is of jax {version[1]}, and here is {jax.__version__}")
     found = re.search(
-        r"    (jaxscale sweep .*--table=markdown)\n(.*?)<!-- end -->", PAGE, re.DOTALL
+        r"    (jaxscale sweep [^\n]*--table=markdown)\n(.*?)<!-- end -->", PAGE, re.DOTALL
     )
     assert found is not None
     run = subprocess.run(
