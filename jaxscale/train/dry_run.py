@@ -5,6 +5,7 @@ real run would compile it. `jaxscale train --dry-run` shows it.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
