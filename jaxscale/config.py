@@ -42,7 +42,6 @@ REMAT_NAMES = (
     "attention_out",
     "gate",
     "up",
-    "mlp_out",
 )
 # Before a name: kept in host memory.
 OFFLOAD = "offload:"

@@ -364,12 +364,18 @@ def verify(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in names}
     plan = make_plan(config, Options(**{**options, "meshes": tuple(args.meshes)}))
     print("\n".join(header(plan)), flush=True)
-    rows = []
-    for row in run_plan(plan):
-        print(line(plan, row), flush=True)
-        rows.append(row)
+    rows, stopped = [], False
+    try:
+        for row in run_plan(plan):
+            print(line(plan, row), flush=True)
+            rows.append(row)
+    except KeyboardInterrupt:
+        stopped = True
     print("\n".join(["", *summary(plan, rows)]) + _fake_devices())
     _write_result(args, plan.config, to_rows(rows))
+    if stopped:
+        _show_notes([f"interrupted after {len(rows)} of {len(plan.cases)} rows"])
+        return INTERRUPTED
     return FAILED if any(row.verdict == MISMATCH for row in rows) else DONE
 
 

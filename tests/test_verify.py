@@ -5,6 +5,7 @@ reach, is what gives it away.
 """
 
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from jaxscale.model.attention import attend, ring
 from jaxscale.model.attention.dense import Operands, Span
 from jaxscale.train import step
 from jaxscale.verify import cases, compare
+from jaxscale.verify import run as verify_run
 from jaxscale.verify.cases import variants
 from jaxscale.verify.compare import make_batches
 from tests.conftest import ROOT
@@ -178,6 +180,7 @@ def test_a_mask_off_by_one_on_the_gathered_sequence(
     assert wrong(rows[1])["gradient"].startswith("blocks/attention/")
 
 
+@pytest.mark.slow
 def test_a_mask_off_by_one_in_a_variant_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ring._work
 
@@ -215,6 +218,7 @@ def test_a_circular_pipeline_is_equal_layer_by_layer(
     assert [(row["case"], row["verdict"]) for row in rows] == [(name, "equal")]
 
 
+@pytest.mark.slow
 def test_a_missing_all_reduce_over_one_axis(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     right = step.loss_and_gradients
 
@@ -252,6 +256,7 @@ def test_a_missing_all_reduce_over_one_axis(run: Run, monkeypatch: pytest.Monkey
     assert set(wrong(rows[0])) == set()
 
 
+@pytest.mark.slow
 def test_rotary_positions_that_start_anew_on_each_shard(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +293,21 @@ def test_the_weight_of_one_token_dropped(run: Run, monkeypatch: pytest.MonkeyPat
     code, rows, _ = run("--meshes=data=8", "--only=meshes", "--steps=1")
     assert code == 1
     assert {"loss", "gradient", "gradient norm"} <= set(wrong(rows[1]))
+
+
+def test_ctrl_c_leaves_the_rows_so_far(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = verify_run.compare, itertools.count()
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(verify_run, "compare", interrupted)
+    code, rows, text = run("--only=meshes", "--limit=3", "--steps=1")
+    assert code == 130
+    assert [row["verdict"] for row in rows] == ["equal"]
+    assert "\n1 equal" in text
 
 
 @pytest.mark.parametrize("too_small", ["mesh", "one device"])

@@ -222,9 +222,7 @@ class MLP(nnx.Module):
             spec=self.rules.spec("batch", "length", "width"),
         )
         out_BLD = _biased(out_BLD, self.down_bias)
-        return checkpoint_name(
-            self.rules.place(out_BLD, "batch", "residual_length", "width"), "mlp_out"
-        )
+        return self.rules.place(out_BLD, "batch", "residual_length", "width")
 
     def _activate(self, x_BLF: jax.Array) -> jax.Array:
         """Apply the nonlinearity in float32; the backward pass computes it again from x alone."""
