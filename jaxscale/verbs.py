@@ -16,6 +16,7 @@ from jaxscale.resolve import resolve
 
 # Exit codes.
 DONE, FAILED, WRONG, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
+Rows = list[dict[str, Any]]
 
 
 def _given_config(args: argparse.Namespace) -> Config | None:
@@ -69,12 +70,7 @@ def print_config(args: argparse.Namespace) -> None:
 
 
 def _write_result(
-    args: argparse.Namespace,
-    config: Config,
-    rows: list[dict[str, Any]],
-    *,
-    kind: str = "",
-    environment: Any = None,
+    args: argparse.Namespace, config: Config, rows: Rows, *, kind: str = "", environment: Any = None
 ) -> None:
     if args.json:
         from jaxscale import runtime
