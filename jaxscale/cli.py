@@ -171,6 +171,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_verify_options(
         verb("verify", verbs.verify, "prove that every mesh computes the same numbers")
     )
+    _add_sweep_options(
+        verb("sweep", verbs.sweep, "measure a curve, each point in a process of its own")
+    )
     return parser
 
 
@@ -206,3 +209,39 @@ def _add_verify_options(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("--fewer-devices", action="store_true", help="also meshes of fewer devices")
     verify.add_argument("--limit", type=_at_least(1), default=40, help="the most meshes")
     verify.add_argument("--only", choices=("meshes", "variants"), default="", help="one of the two")
+
+
+def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:
+    presets = ("length", "batch", "mesh", "precision")
+    sweep.add_argument("preset", nargs="?", default="", choices=("", *presets), help="what varies")
+    option = sweep.add_argument
+    option(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KNOB=A,B,...",
+        help="values of a knob; several of these give their product",
+    )
+    option("--from", type=_at_least(1), default=0, dest="first", help="least length or batch")
+    option("--to", type=_at_least(1), default=0, dest="last", help="largest, by doubling")
+    option(
+        "--techniques",
+        action="append",
+        default=[],
+        metavar="all|none|A,B",
+        help="ways to save memory, each beside a baseline without any; none = the config as it is",
+    )
+    option("--compile-only", action="store_true", help="bytes and FLOPs; no time is measured")
+    option("--steps", type=_at_least(1), default=3, help="after which the loss is read")
+    option("--memory-limit", default="", metavar="SIZE", help="of a device, such as 2GiB")
+    option("--tokens", type=_at_least(0), help="batch: train on so many; 0 = do not train")
+    option(
+        "--scale-learning-rate",
+        choices=("none", "sqrt", "linear"),
+        default="none",
+        help="batch: with the batch size over the config's",
+    )
+    option("--tolerance", type=float, default=0.01, help="batch: share of the validation loss")
+    option("--timeout", type=_at_least(1), default=600, help="seconds of a point")
+    option("--force", action="store_true", help="measure again what the workdir knows")
+    option("--table", choices=("markdown",), default="", help="print a table of the techniques")

@@ -20,6 +20,9 @@ from jaxscale.config import Config, ConfigError, is_free
 # Knobs that there were once and that the config.json of an old run may hold.
 REMOVED = frozenset({"data.prefetch_batches", "rules.layers", "train.stop_after_nonfinite"})
 
+# Values of some knobs, by "section.knob".
+Settings = tuple[tuple[str, Any], ...]
+
 
 def load(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Read `FILE[:ARG]` and apply overrides such as `("train.steps", "100")`, later ones winning.
@@ -85,6 +88,21 @@ def override(config: Config, key: str, text: str) -> Config:
     """Set one knob, `key` as in "mesh.tensor", from its text on the command line."""
     kind = _knob_type(key)
     return _replace(config, key, _parse(text, kind))
+
+
+def with_settings(config: Config, settings: Settings) -> Config:
+    """Return a config with other values of some knobs, which are taken as they are."""
+    for knob, value in settings:
+        section, _, name = knob.partition(".")
+        changed = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def settings_name(settings: Settings) -> str:
+    """Return settings like "attention=chunked rules.embed=None"."""
+    short = ((knob.removeprefix("model.").removeprefix("train."), v) for knob, v in settings)
+    return " ".join(f"{knob}={value}" for knob, value in short)
 
 
 def to_mapping(config: Config) -> dict[str, dict[str, Any]]:

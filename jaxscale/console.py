@@ -5,6 +5,7 @@ metrics.jsonl. Only the primary process shows anything.
 """
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,13 @@ def format_metrics(metrics: Mapping[str, Any], names: Sequence[str] = tuple(FORM
     if metrics.get(records.SKIPPED_STEPS):
         parts.append(f"skipped {metrics[records.SKIPPED_STEPS]:.0f}")
     return "  ".join(parts)
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes like "1.4 GiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log2(max(count, 1)) // 10), len(units) - 1)
+    return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"
 
 
 class Console:

@@ -25,6 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 GOODPUT_FILE = "goodput.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 PROFILE_DIR = "profile"
+SWEEP_DIR = "sweep"
 
 # Fields of every line of metrics.jsonl; a later line of the same step replaces an earlier one.
 STEP = "step"

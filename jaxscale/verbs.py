@@ -4,6 +4,7 @@ The return value is the exit code. Heavy imports wait for their verb.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from jaxscale.resolve import resolve
 
 # Exit codes.
 DONE, FAILED, WRONG, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
+Rows = list[dict[str, Any]]
 
 
 def _given_config(args: argparse.Namespace) -> Config | None:
@@ -68,7 +70,7 @@ def print_config(args: argparse.Namespace) -> None:
 
 
 def _write_result(
-    args: argparse.Namespace, config: Config, rows: list[dict[str, Any]], *, kind: str = ""
+    args: argparse.Namespace, config: Config, rows: Rows, *, kind: str = "", environment: Any = None
 ) -> None:
     if args.json:
         from jaxscale import runtime
@@ -77,7 +79,7 @@ def _write_result(
             kind or args.verb,
             rows,
             config=config_source.to_mapping(config),
-            environment=runtime.describe(),
+            environment=environment or runtime.describe(),
         )
         records.write_json(args.json, result)
 
@@ -371,3 +373,28 @@ def verify(args: argparse.Namespace) -> int:
         _show_notes([f"interrupted after {len(rows)} of {len(plan.cases)} rows"])
         return INTERRUPTED
     return FAILED if any(row.verdict == MISMATCH for row in rows) else DONE
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Measure a curve, and sum up what is known of it however it ends."""
+    config = _needed_config(args)
+    from jaxscale.sweep import table
+    from jaxscale.sweep.points import make_options
+    from jaxscale.sweep.run import Sweep, to_rows
+    from jaxscale.train.preemption import StopRequest
+
+    out = sys.stderr if args.table else sys.stdout
+    with StopRequest(in_group=False) as stop, contextlib.ExitStack() as at_end:
+        run = Sweep(config, make_options(vars(args)), stop=stop.asked)
+        print("\n".join(table.header(run.plan)), file=out, flush=True)
+
+        @at_end.callback
+        def sum_up() -> None:
+            print("\n".join(table.footer(run)), file=out)
+            _write_result(args, config, to_rows(run), environment=run.environment)
+
+        for row in run.rows():
+            print(table.line(run.plan, row), file=out, flush=True)
+    if args.table:
+        print(table.markdown(run.plan, run.found))
+    return DONE if any(row.measured for row in run.found) else FAILED

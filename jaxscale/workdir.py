@@ -54,13 +54,17 @@ def check_writable(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path, *, work: str = "trains") -> Iterator[None]:
     """Keep a second run out of the folder; the kernel lets go when this process ends, however.
 
     A file system that cannot lock a folder (some are networks) protects nothing.
 
+    Args:
+      workdir: the folder.
+      work: what is done there, for the message.
+
     Raises:
-      ConfigError: another process trains there.
+      ConfigError: another process is at work there.
     """
     folder = os.open(workdir, os.O_RDONLY)
     try:
@@ -68,7 +72,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"--workdir={workdir}: another process trains there; wait for its end, or take a "
+                f"--workdir={workdir}: another process {work} there; wait for its end, or take a "
                 "new workdir"
             ) from None
         except OSError:

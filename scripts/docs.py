@@ -172,9 +172,9 @@ def options(parser: argparse.ArgumentParser) -> list[tuple[str, str, str]]:
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue
-        name = action.option_strings[-1]
+        name = action.option_strings[-1] if action.option_strings else ""
         if action.nargs != 0:
-            name += f" {action.metavar or action.dest.upper()}"
+            name = f"{name} {action.metavar or action.dest.upper()}".strip()
         is_set = action.nargs != 0 and action.default not in (None, "")
         default = f"`{action.default}`" if is_set else ""
         rows.append((f"`{name}`", "required" if action.required else default, action.help or ""))

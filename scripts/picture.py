@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """Draw a run: its loss in bits per byte, its evaluations, the n-gram baselines, changes of mesh.
 
-    jaxscale evaluate --workdir=WORKDIR --baselines --json=WORKDIR/evaluate.json
-    python scripts/picture.py WORKDIR docs/images/run.png      (or .svg)
-
-Needs matplotlib, which the dev extra and scripts/setup.sh bring.
+jaxscale evaluate --workdir=WORKDIR --baselines --json=WORKDIR/evaluate.json
+python scripts/picture.py WORKDIR docs/images/run.png      (or .svg)
 """
 
 import argparse

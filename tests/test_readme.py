@@ -45,6 +45,7 @@ reduced = {{
     ],
     "evaluate": ["--batches=2"],
     "generate": ["--max-tokens=4"],
+    "sweep": ["--to=32", "--config.model.num_layers=1"],
     "verify": ["--layers=1", "--length=16", "--limit=1", "--only=meshes"],
 }}
 with open("verbs", "a") as file:
@@ -105,7 +106,7 @@ def test_commands_run(run: Run, tmp_path: pathlib.Path) -> None:
         result = run(block.replace(PORT, free_port()))
         assert result.returncode == 0, f"{block}\n{result.stdout}"
     verbs = set((tmp_path / "verbs").read_text().split())
-    assert verbs == {"doctor", "prepare", "verify", "train", "evaluate", "generate"}
+    assert verbs == {"doctor", "prepare", "verify", "sweep", "train", "evaluate", "generate"}
 
     tiny, two = tmp_path / "runs" / "tiny", tmp_path / "runs" / "two"
     assert checkpoints(tiny) == [STEPS, MORE_STEPS], "the second mesh went on where the first ended"

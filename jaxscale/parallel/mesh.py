@@ -4,8 +4,9 @@ With `sharding.py`, the only place that names mesh axes. Axes stand outermost fi
 least (stages, replicas) is farthest apart, what talks most (tensor) sits on neighbouring devices.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,9 @@ STAGE_AXIS = AXES[0]
 SPREAD, ONE_DEVICE = MeshConfig(data=1, fsdp=-1), MeshConfig(data=1)
 # The axes that may span slices, where only the slow network joins devices.
 SLOW_AXES = ("data", "stage")
+
+# Of every axis, in their order.
+Sizes = tuple[int, ...]
 
 
 def axis_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -107,3 +111,38 @@ def _hybrid_grid(
     slow = next(i for i, size in enumerate(outer) if size > 1)
     grid = np.moveaxis(slices, 0, slow)
     return grid.reshape(tuple(i * o for i, o in zip(inner, outer, strict=True)))
+
+
+def mesh_sizes(num_devices: int, *, fewer: bool = False) -> Iterator[Sizes]:
+    """Yield the sizes of the mesh axes, few axes first, the most even ones of each set of axes.
+
+    Args:
+      num_devices: their product.
+      fewer: yield afterwards the meshes of its divisors.
+    """
+    counts = [num_devices]
+    if fewer:
+        counts += [n for n in range(num_devices - 1, 1, -1) if num_devices % n == 0]
+    for count in counts:
+        yield from _in_order(s for s in _factorisations(count, len(AXES)) if math.prod(s) > 1)
+
+
+def _factorisations(count: int, parts: int) -> Iterator[Sizes]:
+    if parts == 1:
+        yield (count,)
+        return
+    for first in (n for n in range(1, count + 1) if count % n == 0):
+        yield from ((first, *rest) for rest in _factorisations(count // first, parts - 1))
+
+
+def _in_order(meshes: Iterator[Sizes]) -> Iterator[Sizes]:
+    """Sort so that every set of axes has had its most even mesh before any has its second."""
+
+    def axes(sizes: Sizes) -> tuple[int, ...]:
+        return tuple(i for i, size in enumerate(sizes) if size > 1)
+
+    ranked: list[tuple[int, Sizes]] = []
+    for _, group in itertools.groupby(sorted(meshes, key=axes), key=axes):
+        ranked += enumerate(sorted(group, key=lambda sizes: (max(sizes), sizes)))
+    for _, sizes in sorted(ranked, key=lambda item: (item[0], len(axes(item[1])), axes(item[1]))):
+        yield sizes

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxscale.config import Config
+from jaxscale.console import format_bytes
 from jaxscale.model.cost import num_parameters, train_flops_per_token
 from jaxscale.parallel.mesh import STAGE_AXIS
 from jaxscale.parallel.pipeline import bubble_words
@@ -186,7 +187,7 @@ def render(result: DryRun) -> Group:
     """Lay a dry run out for a terminal: a table of parameters, then the totals."""
     table = Table("parameter", "dimensions / mesh axes", "on each device", box=SIMPLE_HEAD)
     for row in result.parameters:
-        cells = (row.name, ", ".join(_dimensions(row)), _bytes(row.device_bytes))
+        cells = (row.name, ", ".join(_dimensions(row)), format_bytes(row.device_bytes))
         table.add_row(*map(Text, cells))
     totals = Table(box=None, show_header=False)
     for name, value in _totals(result):
@@ -201,13 +202,13 @@ def _totals(result: DryRun) -> Iterator[tuple[str, str]]:
     if result.pipeline:
         yield "pipeline", result.pipeline
     yield "parameters", f"{result.num_parameters:,} in {dtypes}"
-    yield "parameters per device", _bytes(result.params_bytes)
-    yield "optimizer state per device", _bytes(result.optimizer_bytes)
+    yield "parameters per device", format_bytes(result.params_bytes)
+    yield "optimizer state per device", format_bytes(result.optimizer_bytes)
     if result.host_bytes:
-        yield "in host memory per device", _bytes(result.host_bytes)
-    yield "batch per device", _bytes(result.batch_bytes)
-    step = "unknown" if result.step_bytes is None else _bytes(result.step_bytes)
-    yield "compiled step per device", f"{step} of {_bytes(result.device_bytes)}"
+        yield "in host memory per device", format_bytes(result.host_bytes)
+    yield "batch per device", format_bytes(result.batch_bytes)
+    step = "unknown" if result.step_bytes is None else format_bytes(result.step_bytes)
+    yield "compiled step per device", f"{step} of {format_bytes(result.device_bytes)}"
     yield "tokens per step", f"{result.tokens_per_step:,}"
     yield "model FLOPs per step", f"{result.model_flops_per_step:.3g}"
     if result.compiled_flops is not None:
@@ -216,7 +217,7 @@ def _totals(result: DryRun) -> Iterator[tuple[str, str]]:
         )
         yield "matmul FLOPs per device", f"{result.compiled_flops:.3g}, {useful:.0%} of them useful"
     for row in result.collectives or ():
-        sent = f"{row.number:,} x, {_bytes(row.payload_bytes)} per step"
+        sent = f"{row.number:,} x, {format_bytes(row.payload_bytes)} per step"
         yield f"{row.kind} over {row.axes}", sent
     yield "compiled in", f"{result.compile_seconds:.1f} s"
 
@@ -227,9 +228,3 @@ def _dimensions(row: ArrayRow) -> Iterator[str]:
         # A space at which no line is broken.
         name = f"{size}\u00a0{axis}" if axis else str(size)
         yield f"{name}/{mesh_axes}" if mesh_axes else name
-
-
-def _bytes(count: float) -> str:
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(int(math.log2(max(count, 1)) // 10), len(units) - 1)
-    return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"

@@ -73,7 +73,7 @@ def smoke(config: Config, *, seconds: float) -> SmokeResult:
     """
     deadline = time.perf_counter() + seconds
     assembly = _with_small_batch(config)
-    program, state, batch = compile_step(assembly), init_state(assembly), _batch(assembly)
+    program, state, batch = compile_step(assembly), init_state(assembly), random_batch(assembly)
     losses: list[float] = []
     times: list[float] = []
     before = math.log(config.model.vocab_size)
@@ -127,7 +127,7 @@ def _with_small_batch(config: Config) -> Assembly:
     return assemble(small)
 
 
-def _batch(assembly: Assembly) -> Batch:
+def random_batch(assembly: Assembly) -> Batch:
     """Return a batch of random tokens, each row one document."""
     config = assembly.config
     rows, length = config.train.global_batch_size, config.data.length

@@ -1,6 +1,7 @@
 """How fast the compiled training step of a config is here, measured over a few steps."""
 
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,15 @@ from jax.sharding import Mesh
 from jaxscale import runtime
 from jaxscale.config import Config, ConfigError
 from jaxscale.train.memory import bytes_on_device, memory_of_device
-from jaxscale.train.state import abstract_batch, abstract_state, assemble, init_state
+from jaxscale.train.state import (
+    Assembly,
+    Batch,
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    assemble,
+    init_state,
+)
 from jaxscale.train.step import compile_step, program_bytes
 
 REPEATS = 5
@@ -35,7 +44,12 @@ def measure_step(config: Config) -> tuple[int, list[float]]:
         name: jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding)
         for name, leaf in abstract_batch(assembly).items()
     }
-    state = init_state(assembly)
+    seconds = time_steps(assembly, program, init_state(assembly), batch)
+    return config.train.global_batch_size * config.data.length, seconds
+
+
+def time_steps(assembly: Assembly, program: Any, state: TrainState, batch: Batch) -> list[float]:
+    """Return the seconds of a compiled step in each of some repeats; the state is used up."""
 
     def run(steps: int) -> float:
         nonlocal state
@@ -48,8 +62,7 @@ def measure_step(config: Config) -> tuple[int, list[float]]:
     with jax.set_mesh(assembly.mesh):
         run(1)
         steps = runtime.agreed(max(1, int(SECONDS_PER_REPEAT / run(1))))
-        seconds = [run(steps) for _ in range(REPEATS)]
-    return config.train.global_batch_size * config.data.length, seconds
+        return [run(steps) for _ in range(REPEATS)]
 
 
 def check_room(num_bytes: int, mesh: Mesh) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 
 from jaxscale.config import Config, ConfigError, MeshConfig, is_free
-from jaxscale.parallel.mesh import AXES, ONE_DEVICE, axis_sizes
+from jaxscale.config_source import Settings, settings_name, with_settings
+from jaxscale.parallel.mesh import AXES, ONE_DEVICE, Sizes, axis_sizes, mesh_sizes
 from jaxscale.resolve import resolve
 from jaxscale.train.state import Assembly, assemble
 from jaxscale.verify.compare import SGD
@@ -37,9 +38,6 @@ EXACT = (
     ("train.pipeline_rounds", 1),
     ("data.window_stride", 0),
 )
-
-Sizes = tuple[int, ...]
-Settings = tuple[tuple[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +63,6 @@ class Options:
     fewer_devices: bool = False
     limit: int = 40
     only: str = ""
-
-
-def settings_name(settings: Settings) -> str:
-    """Return settings like "attention=chunked rules.embed=None"."""
-    short = ((knob.removeprefix("model.").removeprefix("train."), v) for knob, v in settings)
-    return " ".join(f"{knob}={value}" for knob, value in short)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,15 +209,6 @@ def plainest(config: Config) -> Config:
     return dataclasses.replace(with_settings(config, (*plain, *numbers)), mesh=ONE_DEVICE)
 
 
-def with_settings(config: Config, settings: Settings) -> Config:
-    """Return a config with other values of some knobs, by "section.knob"."""
-    for knob, value in settings:
-        section, _, name = knob.partition(".")
-        changed = dataclasses.replace(getattr(config, section), **{name: value})
-        config = dataclasses.replace(config, **{section: changed})
-    return config
-
-
 def free_choices() -> dict[str, tuple[Any, ...]]:
     """Return the values of every knob with choices that says how to compute and not what."""
     found: dict[str, tuple[Any, ...]] = {}
@@ -236,41 +219,6 @@ def free_choices() -> dict[str, tuple[Any, ...]]:
             if choices and is_free(section, field.name):
                 found[f"{section}.{field.name}"] = choices
     return found
-
-
-def mesh_sizes(num_devices: int, *, fewer: bool = False) -> Iterator[Sizes]:
-    """Yield the sizes of the mesh axes, few axes first, the most even ones of each set of axes.
-
-    Args:
-      num_devices: their product.
-      fewer: yield afterwards the meshes of its divisors.
-    """
-    counts = [num_devices]
-    if fewer:
-        counts += [n for n in range(num_devices - 1, 1, -1) if num_devices % n == 0]
-    for count in counts:
-        yield from _in_order(s for s in _factorisations(count, len(AXES)) if math.prod(s) > 1)
-
-
-def _factorisations(count: int, parts: int) -> Iterator[Sizes]:
-    if parts == 1:
-        yield (count,)
-        return
-    for first in (n for n in range(1, count + 1) if count % n == 0):
-        yield from ((first, *rest) for rest in _factorisations(count // first, parts - 1))
-
-
-def _in_order(meshes: Iterator[Sizes]) -> Iterator[Sizes]:
-    """Sort so that every set of axes has had its most even mesh before any has its second."""
-
-    def axes(sizes: Sizes) -> tuple[int, ...]:
-        return tuple(i for i, size in enumerate(sizes) if size > 1)
-
-    ranked: list[tuple[int, Sizes]] = []
-    for _, group in itertools.groupby(sorted(meshes, key=axes), key=axes):
-        ranked += enumerate(sorted(group, key=lambda sizes: (max(sizes), sizes)))
-    for _, sizes in sorted(ranked, key=lambda item: (item[0], len(axes(item[1])), axes(item[1]))):
-        yield sizes
 
 
 def _own_mesh(config: Config, num_devices: int) -> Iterator[Sizes]:

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxscale.config import ConfigError, MeshConfig
-from jaxscale.parallel.mesh import AXES, axis_sizes, make_mesh
+from jaxscale.parallel.mesh import AXES, axis_sizes, make_mesh, mesh_sizes
 
 
 def test_the_rest_of_the_devices_goes_to_the_axis_of_minus_one(devices: list[jax.Device]) -> None:
@@ -44,3 +44,17 @@ def test_slices_are_spanned_by_the_slow_axis_alone(devices: list[jax.Device]) ->
     assert ids == [[0, 1], [4, 5], [2, 3], [6, 7]]
     with pytest.raises(ConfigError, match="mesh.num_slices=2 divides neither mesh.data=1"):
         make_mesh(MeshConfig(data=1, fsdp=8, num_slices=2), devices)
+
+
+def test_meshes_come_with_few_axes_first_and_even_ones_before_the_others() -> None:
+    found = list(mesh_sizes(8))
+    assert len(found) == len(set(found)) == 35
+    num_axes = [sum(size > 1 for size in sizes) for sizes in found]
+    assert num_axes == [1] * 5 + [2] * 10 + [3] * 10 + [2] * 10
+    assert found[0] == (8, 1, 1, 1, 1)
+    many = list(mesh_sizes(64))
+    assert len(many) == 210
+    assert len({tuple(size > 1 for size in sizes) for sizes in many[:31]}) == 31
+    assert many[5] == (8, 8, 1, 1, 1)
+    fewer = list(mesh_sizes(4, fewer=True))
+    assert [int(np.prod(sizes)) for sizes in fewer] == [4] * 15 + [2] * 5

@@ -1,28 +1,13 @@
 """Which meshes and variants `verify` checks, in which order and in which size."""
 
 import jax
-import numpy as np
 import pytest
 
 from jaxscale.config import ConfigError
 from jaxscale.verify import cases
-from jaxscale.verify.cases import Options, fit_variant, make_plan, mesh_sizes, variants
+from jaxscale.verify.cases import Options, fit_variant, make_plan, variants
 from jaxscale.verify.compare import SGD
 from tests.programs import assemble_tiny, tiny_config
-
-
-def test_meshes_come_with_few_axes_first_and_even_ones_before_the_others() -> None:
-    found = list(mesh_sizes(8))
-    assert len(found) == len(set(found)) == 35
-    num_axes = [sum(size > 1 for size in sizes) for sizes in found]
-    assert num_axes == [1] * 5 + [2] * 10 + [3] * 10 + [2] * 10
-    assert found[0] == (8, 1, 1, 1, 1)
-    many = list(mesh_sizes(64))
-    assert len(many) == 210
-    assert len({tuple(size > 1 for size in sizes) for sizes in many[:31]}) == 31
-    assert many[5] == (8, 8, 1, 1, 1)
-    fewer = list(mesh_sizes(4, fewer=True))
-    assert [int(np.prod(sizes)) for sizes in fewer] == [4] * 15 + [2] * 5
 
 
 def test_the_configs_own_mesh_comes_first_and_the_limit_is_kept() -> None:
