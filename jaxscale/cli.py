@@ -1,7 +1,7 @@
 """The command line: `jaxscale VERB ...`, a thin door to functions that Python can call as well.
 
 Exit codes: 0 done, 1 a check or the run failed, 2 the command or config is wrong, 75 preempted
-after a clean save (run the same command again), 130 interrupted. `verbs.py` says what each does.
+after a clean save (run the same command again), 130 interrupted. `verbs/` says what each does.
 """
 
 import argparse
@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
-from jaxscale import records, verbs
+from jaxscale import records
 from jaxscale.config import ConfigError, Stopped
-from jaxscale.verbs import DONE, FAILED, INTERRUPTED, PREEMPTED, WRONG
+from jaxscale.verbs import run, study
+from jaxscale.verbs.common import DONE, FAILED, INTERRUPTED, PREEMPTED, WRONG, print_config
 
 OVERRIDE = "--config."
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"--json={args.json} is a folder; name a file in it")
             records.check_writable(pathlib.Path(args.json).parent, f"--json={args.json}")
         if args.print_config:
-            verbs.print_config(args)
+            print_config(args)
             return DONE
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
@@ -134,13 +135,11 @@ def make_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    verb("doctor", verbs.doctor, "say what this machine can do, with remedies")
+    verb("doctor", study.doctor, "say what this machine can do, with remedies")
 
-    _add_prepare_options(
-        verb("prepare", verbs.prepare, "tokenize a corpus once into a token cache")
-    )
+    _add_prepare_options(verb("prepare", run.prepare, "tokenize a corpus once into a token cache"))
 
-    train = verb("train", verbs.train, "train, or resume the run in the workdir")
+    train = verb("train", run.train, "train, or resume the run in the workdir")
     train.add_argument("--allow-config-change", action="store_true", help="resume all the same")
     instead = train.add_mutually_exclusive_group()
     instead.add_argument(
@@ -150,14 +149,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--smoke", action="store_true", help="learn one small batch by heart within a minute"
     )
 
-    evaluate = verb("evaluate", verbs.evaluate, "loss and bits per byte of a checkpoint")
+    evaluate = verb("evaluate", run.evaluate, "loss and bits per byte of a checkpoint")
     evaluate.add_argument("--step", type=int, help="checkpoint to read; default: newest whole one")
     evaluate.add_argument(
         "--batches", type=_at_least(0), default=0, help="validation batches; 0 = all"
     )
     evaluate.add_argument("--baselines", action="store_true", help="unigram and bigram beside it")
 
-    generate = verb("generate", verbs.generate, "sample text from a checkpoint")
+    generate = verb("generate", run.generate, "sample text from a checkpoint")
     generate.add_argument("--step", type=int, help="checkpoint to read; default: newest whole one")
     generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
     generate.add_argument("--max-tokens", type=_at_least(1), default=128, help="new tokens at most")
@@ -169,10 +168,10 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=_at_least(0), default=0, help="seed of the choice")
 
     _add_verify_options(
-        verb("verify", verbs.verify, "prove that every mesh computes the same numbers")
+        verb("verify", study.verify, "prove that every mesh computes the same numbers")
     )
     _add_sweep_options(
-        verb("sweep", verbs.sweep, "measure a curve, each point in a process of its own")
+        verb("sweep", study.sweep, "measure a curve, each point in a process of its own")
     )
     return parser
 

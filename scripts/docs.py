@@ -18,9 +18,10 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jaxscale import cli, config_source, verbs
+from jaxscale import cli, config_source
 from jaxscale.config import FREE_SECTIONS, Config, is_free
 from jaxscale.resolve import resolve
+from jaxscale.verbs.common import DONE, FAILED, INTERRUPTED, PREEMPTED, WRONG
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRESETS_FILE = "configs/lm.py"
@@ -44,11 +45,11 @@ CLI_WORDS = """\
 config, unless `--config` is given."""
 
 EXIT_CODES = {
-    verbs.DONE: "done",
-    verbs.FAILED: "a check or the run failed",
-    verbs.WRONG: "the command or the config is wrong; one line on stderr says what, and the remedy",
-    verbs.PREEMPTED: "stopped by SIGTERM or Ctrl-C after a clean save; the same command goes on",
-    verbs.INTERRUPTED: "interrupted before anything could be saved, or by a second Ctrl-C",
+    DONE: "done",
+    FAILED: "a check or the run failed",
+    WRONG: "the command or the config is wrong; one line on stderr says what, and the remedy",
+    PREEMPTED: "stopped by SIGTERM or Ctrl-C after a clean save; the same command goes on",
+    INTERRUPTED: "interrupted before anything could be saved, or by a second Ctrl-C",
 }
 
 

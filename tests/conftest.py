@@ -6,6 +6,8 @@ JAX flags are set here for this process alone.
 
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,7 @@ os.environ.update(
 )
 
 import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
 
 from jaxscale import runtime  # noqa: E402
 
@@ -65,3 +68,20 @@ def devices() -> list[jax.Device]:
     found = jax.devices()
     assert len(found) == NUM_DEVICES
     return found
+
+
+@pytest.fixture
+def tpu_devices() -> Iterator[list[Any]]:
+    """Return the devices of a described TPU v5e; its compiler runs on a CPU."""
+    pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
+    # No question to a metadata server, and no lock against other processes.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    # A compiler without a device cannot read back what it left in the cache.
+    flag = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, flag)
+    jax.config.update(flag, float("inf"))
+    # What the other tests ask of float32, Mosaic does not take for bfloat16.
+    with jax.default_matmul_precision("default"):
+        yield list(topology.devices)
+    jax.config.update(flag, before)

@@ -56,7 +56,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "doctor",
         "convert",
     ),
-    "F7 door": ("verbs cli __main__",),
+    "F7 door": ("verbs.common verbs.run verbs.study cli __main__",),
 }
 
 # What a program that serves a bundle must not need.

@@ -19,7 +19,8 @@ from fnmatch import fnmatch
 
 import pytest
 
-from jaxscale import records, verbs
+from jaxscale import records
+from jaxscale.verbs.common import WRONG
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -144,11 +145,11 @@ def check_picture_is_read(workdir: pathlib.Path) -> None:
     ("commands", "code", "complaint"),
     [
         ("python train.py", 127, "command not found"),
-        ("jaxscale launch", verbs.WRONG, "invalid choice"),
-        ("jaxscale doctor --gpu", verbs.WRONG, "unrecognized arguments"),
+        ("jaxscale launch", WRONG, "invalid choice"),
+        ("jaxscale doctor --gpu", WRONG, "unrecognized arguments"),
         (
             "jaxscale train --config=configs/lm.py:huge --print-config",
-            verbs.WRONG,
+            WRONG,
             "no preset huge",
         ),
         ("bash scripts/play.sh\njaxscale doctor", 1, ""),

@@ -8,9 +8,7 @@ import math
 import re
 
 # An instruction: name, shape (a tuple in parentheses, or no space in it), opcode, the rest.
-_INSTRUCTION = re.compile(
-    r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)(?= [\w\-]+\()|\S+) ([\w\-]+)\((.*)"
-)
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)(?= [\w\-]+\()|\S+) ([\w\-]+)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
@@ -29,8 +27,9 @@ class Instruction:
       name: that others refer to it by.
       opcode: as XLA calls it.
       shape: of its result, with types and layouts.
-      operands: names of its inputs.
+      operands: names of its inputs; of a constant its value, of a parameter its number.
       attributes: all that stands after the operands.
+      is_root: whether its result is that of the computation.
     """
 
     name: str
@@ -38,6 +37,7 @@ class Instruction:
     shape: str
     operands: tuple[str, ...]
     attributes: str
+    is_root: bool = False
 
     def attribute(self, name: str) -> str:
         """Return the text of an attribute; empty if there is none."""
@@ -60,7 +60,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
-        if line.startswith("}"):
+        # A Pallas kernel's attributes go over several lines.
+        if line == "}":
             current = None
         elif current is not None:
             found = _instruction(line)
@@ -76,11 +77,12 @@ def _instruction(line: str) -> Instruction | None:
     found = _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))
     if not found:
         return None
-    name, shape, opcode, rest = found.groups()
+    root, name, shape, opcode, rest = found.groups()
     end = _closing(rest)
     literal = opcode in ("constant", "parameter")
-    operands = () if literal else tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
-    return Instruction(name, opcode, shape, operands, rest[end + 1 :].removeprefix(", "))
+    operands = (rest[:end],) if literal else tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
+    attributes = rest[end + 1 :].removeprefix(", ")
+    return Instruction(name, opcode, shape, operands, attributes, bool(root))
 
 
 def _closing(text: str) -> int:
@@ -91,6 +93,61 @@ def _closing(text: str) -> int:
         if depth == 0:
             return place
     return len(text)
+
+
+def root_of(computation: Computation) -> Instruction:
+    """Return the instruction whose result is that of the computation."""
+    return next(found for found in computation.values() if found.is_root)
+
+
+def trip_count(loop: Instruction, around: Computation, computations: dict[str, Computation]) -> int:
+    """Return how often the body of a `while` runs.
+
+    The compilers for CPUs and GPUs say it. For others it follows from the counter: it begins with a
+    constant, is raised by one, and compared with one.
+
+    Args:
+      loop: the instruction.
+      around: the computation that it stands in.
+      computations: all of the program.
+
+    Raises:
+      ValueError: it does not follow.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+        return int(known[1])
+    condition, body = (computations[loop.called[key][0]] for key in ("condition", "body"))
+    compared = root_of(condition)
+    counter, end = (_source(name, condition) for name in (*compared.operands, "")[:2])
+    place = counter.attribute("index") if counter else ""
+    first = _source(loop.operands[0], around)
+    if place and first and compared.attribute("direction") == "LT":
+        start = _source(first.operands[int(place)], around)
+        added = _source(root_of(body).operands[int(place)], body)
+        steps = [_source(name, body) for name in added.operands] if added else []
+        numbers = [_integer(x) for x in (end, start, next(filter(_is_constant, steps), None))]
+        if None not in numbers and added and added.opcode == "add":
+            return -(-(numbers[0] - numbers[1]) // numbers[2])  # type: ignore[operator]
+    raise ValueError(f"the compiler does not tell how often the loop {loop.name} runs")
+
+
+def _source(name: str, computation: Computation) -> Instruction | None:
+    """Return the instruction that made a value, before it was moved about."""
+    found = computation.get(name)
+    while found and found.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
+        found = computation.get(found.operands[0])
+    return found
+
+
+def _is_constant(found: Instruction | None) -> bool:
+    return found is not None and found.opcode == "constant"
+
+
+def _integer(found: Instruction | None) -> int | None:
+    if found is None or not _is_constant(found) or not found.operands[0].isdigit():
+        return None
+    return int(found.operands[0])
 
 
 def shape_of(shape: str) -> tuple[int, ...]:

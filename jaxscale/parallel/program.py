@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxscale.parallel.hlo import Computation, Instruction, num_bytes, parse, shape_of
+from jaxscale.parallel.hlo import Computation, Instruction, num_bytes, parse, shape_of, trip_count
 
 COLLECTIVES = (
     "all-gather",
@@ -26,8 +26,13 @@ COLLECTIVES = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-# Custom calls that compute nothing: annotations, and the random or sorted outputs of a sampler.
-CHEAP_CALLS = ("Sharding", "SPMD", "annotate_device_placement", "TopK", "MoveTo", "AllocateBuffer")
+# Custom calls that compute no matmul: annotations, memory, the ends of asynchronous collectives.
+CHEAP_CALLS = (
+    *("Sharding", "SPMD", "annotate_device_placement", "MoveTo", "AllocateBuffer", "TopK"),
+    *("AsyncCollective", "ConcatBitcast", "AssumeGatherIndicesInBound"),
+)
+# Pallas kernels go by the name of their kernel.
+PALLAS = "tpu_custom_call"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +100,13 @@ class _Cost:
     flops: float = 0.0
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
     opaque: Counter[str] = dataclasses.field(default_factory=Counter)
+    # What a TPU sends while it computes stands in several fusions: where it begins, in those that
+    # run meanwhile, and where it ends. They name one chain.
+    chains: dict[str, Collective] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "_Cost", times: int = 1) -> None:
         self.flops += times * other.flops
+        self.chains.update(other.chains)
         for collective, number in other.collectives.items():
             self.collectives[collective] += times * number
         for target, number in other.opaque.items():
@@ -140,14 +149,26 @@ class _Reader:
         self._of = functools.cache(self._cost_of)
 
     def cost(self) -> _Cost:
-        return self._of(self._entry)
+        return self._whole(self._entry)
+
+    def _whole(self, name: str) -> _Cost:
+        """Return the cost of a computation that is no part of its caller."""
+        own, whole = self._of(name), _Cost()
+        whole.add(own)
+        whole.collectives.update(own.chains.values())
+        whole.chains.clear()
+        return whole
 
     def _cost_of(self, name: str) -> _Cost:
         computation, total = self._computations[name], _Cost()
         for instruction in computation.values():
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                total.collectives[self._collective(kind, instruction, computation)] += 1
+                collective = self._collective(kind, instruction, computation)
+                if chain := re.search(r'chain_id="(\w+)"', instruction.attributes):
+                    total.chains[chain[1]] = collective
+                else:
+                    total.collectives[collective] += 1
             elif instruction.opcode == "dot":
                 total.flops += _dot_flops(instruction, computation)
             elif instruction.opcode == "convolution":
@@ -155,17 +176,19 @@ class _Reader:
             elif instruction.opcode == "custom-call":
                 target = instruction.attribute("custom_call_target").strip('"')
                 if not target.startswith(CHEAP_CALLS):
-                    total.opaque[target] += 1
+                    kernel = instruction.name.split(".")[0]
+                    total.opaque[kernel if target == PALLAS else target] += 1
             else:
-                self._add_called(instruction, total)
+                self._add_called(instruction, computation, total)
         return total
 
-    def _add_called(self, instruction: Instruction, total: _Cost) -> None:
+    def _add_called(self, instruction: Instruction, around: Computation, total: _Cost) -> None:
         called = instruction.called
         if instruction.opcode == "while":
-            total.add(self._of(called["body"][0]), _trip_count(instruction))
+            times = trip_count(instruction, around, self._computations)
+            total.add(self._whole(called["body"][0]), times)
         elif instruction.opcode == "conditional":
-            branches = [self._of(name) for names in called.values() for name in names]
+            branches = [self._whole(name) for names in called.values() for name in names]
             total.add(max(branches, key=lambda cost: cost.flops))
         else:
             for names in called.values():
@@ -187,13 +210,6 @@ class _Reader:
         )
 
 
-def _trip_count(loop: Instruction) -> int:
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if not known:
-        raise ValueError(f"the compiler does not tell how often the loop {loop.name} runs")
-    return int(known[1])
-
-
 def _dot_flops(dot: Instruction, computation: Computation) -> float:
     """Return 2 x (elements of the result) x (elements summed for each of them)."""
     left = shape_of(computation[dot.operands[0]].shape)
@@ -203,12 +219,34 @@ def _dot_flops(dot: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(convolution: Instruction, computation: Computation) -> float:
-    """Return 2 x (elements of the result) x (elements of the kernel per output feature)."""
-    kernel = shape_of(computation[convolution.operands[1]].shape)
-    labels = convolution.attribute("dim_labels").split("_")[1].split("->")[0]
-    return (
-        2.0 * math.prod(shape_of(convolution.shape)) * math.prod(kernel) / kernel[labels.index("o")]
-    )
+    """Return 2 x (elements of the result) x (elements summed for each of them).
+
+    What meets padding is not computed: a TPU's matmuls are convolutions of which most is padding.
+    """
+    image, kernel = (shape_of(computation[name].shape) for name in convolution.operands)
+    out = shape_of(convolution.shape)
+    labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", convolution.attribute("dim_labels"))
+    assert labels, convolution.attributes
+    flops = 2.0 * kernel[labels[2].index("i")]
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", convolution.attribute("window")))
+    for label, size in zip(labels[3], out, strict=True):
+        if not label.isdigit():
+            flops *= size
+            continue
+        own = {key: value.split("x")[int(label)] for key, value in window.items()}
+        sizes = (image[labels[1].index(label)], size, kernel[labels[2].index(label)])
+        flops *= _taps(own, *sizes)
+    return flops
+
+
+def _taps(window: dict[str, str], image: int, out: int, kernel: int) -> int:
+    """Return along one dimension how often an element of the kernel meets one of the image."""
+    low = int(window.get("pad", "0_0").split("_")[0])
+    stride, spread = int(window.get("stride", 1)), int(window.get("lhs_dilate", 1))
+    starts = stride * np.arange(out)[:, None] - low
+    places = starts + int(window.get("rhs_dilate", 1)) * np.arange(kernel)
+    inside = (places >= 0) & (places <= spread * (image - 1)) & (places % spread == 0)
+    return int(inside.sum())
 
 
 def _device_groups(collective: Instruction) -> list[list[int]]:

@@ -2,9 +2,7 @@
 
 import functools
 import math
-import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jax.experimental import topologies
 
 from jaxscale.config import Config, DataConfig, MeshConfig, ModelConfig, RulesConfig, TrainConfig
 from jaxscale.model.attention import flash
@@ -49,23 +46,6 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of an NVIDIA GPU with cuDNN."""
     monkeypatch.setattr(flash, "device_kind", lambda: H100)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 90800)
-
-
-@pytest.fixture
-def tpu_devices() -> Iterator[list[Any]]:
-    """Return the devices of a described TPU v5e; its compiler runs on a CPU."""
-    pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
-    # No question to a metadata server, and no lock against other processes.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    # A compiler without a device cannot read back what it left in the cache.
-    flag = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, flag)
-    jax.config.update(flag, float("inf"))
-    # What the other tests ask of float32, Mosaic does not take for bfloat16.
-    with jax.default_matmul_precision("default"):
-        yield list(topology.devices)
-    jax.config.update(flag, before)
 
 
 def check_equals_dense(found: list[jax.Array], x: Operands, window: int) -> None:

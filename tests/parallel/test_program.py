@@ -15,7 +15,7 @@ from jaxscale.parallel.hlo import Instruction, num_bytes, parse, shape_of
 from jaxscale.parallel.mesh import make_mesh
 from jaxscale.parallel.pipeline import bubble_share
 from jaxscale.parallel.program import Program, _device_groups, _Reader, read_program
-from jaxscale.train.state import abstract_state
+from jaxscale.train.state import abstract_state, assemble
 from jaxscale.train.step import compile_step
 from tests.programs import BATCH, LENGTH, assemble_tiny, tiny_config
 
@@ -60,6 +60,21 @@ def test_convolutions_count_too() -> None:
 
     program = read_program(compiled(convolve, (2, 3, 32, 32), (5, 3, 7, 7)))
     assert program.flops == 2 * (2 * 5 * 26 * 26) * (3 * 7 * 7)
+
+
+def test_what_a_convolution_finds_in_padding_does_not_count() -> None:
+    """A product of (M, K) and (K, N), written as a TPU's compiler writes it: out of 7 taps, one."""
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1,), ((6, 6),), dimension_numbers=("NCH", "IOH", "NCH")
+        )
+
+    program = read_program(compiled(convolve, (M, K, 1), (K, N, 7)))
+    assert program.flops == 2 * M * K * N * 7
+    strided = compiled(lambda x, k: jax.lax.conv(x, k, (2,), "SAME"), (M, K, 9), (N, K, 3))
+    # Five places of three taps, of which the first and the last have one outside.
+    assert read_program(strided).flops == 2 * M * K * N * (5 * 3 - 2)
 
 
 def test_a_call_that_nobody_knows_is_named() -> None:
@@ -152,6 +167,81 @@ def test_shapes_of_all_types_and_tuples() -> None:
     assert num_bytes("bf16[2,3]{1,0:T(8,128)(2,1)}") == 12
     assert num_bytes("(f32[], (s4[4]{0}, pred[3]), f8e4m3fn[2], token[])") == 4 + 2 + 3 + 2
     assert shape_of("(f32[4,5]{1,0}, s32[2])") == (4, 5)
+
+
+LOOP = """
+%body (arg: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %arg = (s32[], f32[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %moved = s32[] copy(%i)
+  %two = s32[] constant(2)
+  %next = s32[] add(%moved, %two)
+  %x = f32[4,4]{1,0} get-tuple-element(%arg), index=1
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={
+}}, frontend_attributes={kernel="several lines"}
+  ROOT %out = (s32[], f32[4,4]{1,0}) tuple(%next, %y)
+}
+
+%condition (arg.1: (s32[], f32[4,4])) -> pred[] {
+  %end = s32[] constant(9)
+  %arg.1 = (s32[], f32[4,4]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%arg.1), index=0
+  ROOT %less = pred[] compare(%i.1, %end), direction=LT
+}
+
+ENTRY %main (x.1: f32[4,4]) -> f32[4,4] {
+  %x.1 = f32[4,4]{1,0} parameter(0)
+  %one = s32[] constant(1)
+  %first = s32[] copy(%one)
+  %begin = (s32[], f32[4,4]{1,0}) tuple(%first, %x.1)
+  %loop = (s32[], f32[4,4]{1,0}) while(%begin), condition=%condition, body=%body
+  ROOT %result = f32[4,4]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(("start", "step", "times"), [(1, 2, 4), (0, 2, 5), (0, 1, 9), (8, 3, 1)])
+def test_a_loop_is_counted_by_its_counter(start: int, step: int, times: int) -> None:
+    text = LOOP.replace("constant(1)", f"constant({start})").replace("(2)", f"({step})")
+    assert _Reader(text, None).cost().flops == times * 2 * 4**3
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("direction=LT", "direction=NE"), ("add(", "multiply("), ("(9)", "(-9)")]
+)
+def test_a_counter_that_is_not_understood_is_an_error(old: str, new: str) -> None:
+    with pytest.raises(ValueError, match="how often the loop loop runs"):
+        _Reader(LOOP.replace(old, new), None).cost()
+
+
+def test_what_is_sent_while_it_computes_counts_once() -> None:
+    """It begins in one fusion, goes on in the next and ends in a third."""
+    gather = (
+        "all-gather(%p), channel_id=5, replica_groups={{0,1}}, dimensions={0}, "
+        'frontend_attributes={chain_id="7"}'
+    )
+    fused = [
+        f"%f{n} (p: f32[4]) -> f32[8] {{\n  %p = f32[4] parameter(0)\n  ROOT %g = f32[8] {gather}"
+        for n in range(3)
+    ]
+    calls = [f"  %c{n} = f32[8] fusion(%x), kind=kCustom, calls=%f{n}" for n in range(3)]
+    entry = ["ENTRY %main (x: f32[4]) -> f32[8] {", "  %x = f32[4] parameter(0)", *calls, "}"]
+    cost = _Reader("\n".join([*(f"{text}\n}}" for text in fused), *entry]), None).cost()
+    assert [(c.payload_bytes, times) for c, times in cost.collectives.items()] == [(32, 1)]
+
+
+@pytest.mark.slow
+def test_the_program_of_a_tpu_is_read_alike(tpu_devices: list[Any]) -> None:
+    model = {"remat": "full", "compute_dtype": "bfloat16"}
+    config = tiny_config(mesh={"fsdp": 4}, model=model)
+    there = assemble(config, tpu_devices)
+    here = assemble(config, jax.devices()[:4])
+    on_tpu, on_cpu = (read_program(compile_step(on), on.mesh) for on in (there, here))
+    assert on_tpu.flops == on_cpu.flops
+    number, payload = on_tpu.by_kind()["all-gather", ("fsdp",)]
+    # The compiler for CPUs widens bfloat16 to float32 before it travels.
+    assert on_cpu.by_kind()["all-gather", ("fsdp",)] == (number, 2 * payload)
+    assert not on_tpu.opaque_calls
 
 
 def test_a_loop_that_nobody_counted_is_an_error() -> None:
