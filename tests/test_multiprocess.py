@@ -75,7 +75,7 @@ def run_processes(folder: pathlib.Path, source: str, count: int) -> list[dict[st
     return [json.loads(pathlib.Path(f"{out}.{rank}.json").read_text()) for rank in range(count)]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_batches_and_losses_equal_those_of_one_process(run: Any, count: int) -> None:
     (alone,) = run(1)
     assert len(set(alone["hashes"])) == 3
@@ -111,7 +111,10 @@ def test_processes_end_a_smoke_test_together_though_their_clocks_differ() -> Non
     assert ["steps 5" in output for output in outputs] == [True, True], outputs
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_one_stops_all_and_one_process_goes_on(
     tmp_path: pathlib.Path, number: signal.Signals, rank: int
 ) -> None:

@@ -88,7 +88,7 @@ def run(tmp_path: pathlib.Path) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
 
@@ -101,6 +101,7 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_commands_run(run: Run, tmp_path: pathlib.Path) -> None:
     for block in BLOCKS:

@@ -238,6 +238,7 @@ def exponent(lengths: tuple[int, ...], found: list[float]) -> float:
     return float(np.polyfit(np.log(lengths), np.log(found), 1)[0])
 
 
+@pytest.mark.slow
 def test_chunked_needs_memory_linear_in_length() -> None:
     lengths = (2048, 8192, 32768)
     found = temporary_bytes("chunked", lengths, devices=jax.devices())

@@ -326,7 +326,7 @@ def test_fsdp_gathers_each_weight_for_each_pass() -> None:
 @pytest.mark.parametrize(
     ("mesh", "parts", "rounds"),
     [
-        ({"stage": 2}, 4, 2),
+        pytest.param({"stage": 2}, 4, 2, marks=pytest.mark.slow),
         pytest.param({"stage": 4}, 4, 1, marks=pytest.mark.slow),
         pytest.param({"stage": 2, "sequence": 2, "tensor": 2}, 2, 1, marks=pytest.mark.slow),
     ],

@@ -76,6 +76,7 @@ def test_resume_on_another_mesh_goes_on_with_the_same_batches_and_losses(
     assert meta["sequences_read"] == RUN_STEPS * 8
 
 
+@pytest.mark.slow
 def test_a_run_goes_into_a_circular_pipeline_and_out_again(
     make_config: Any, tmp_path: pathlib.Path
 ) -> None:
