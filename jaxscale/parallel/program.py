@@ -63,27 +63,19 @@ class Program:
       flops: of all matmuls and convolutions; of alternatives, the one with the most.
       collectives: each, and how often it runs.
       opaque_calls: custom calls whose FLOPs are not known and not counted, and how often each runs.
-      argument_bytes: inputs, the state included.
-      output_bytes: results.
-      alias_bytes: results that lie where inputs were.
-      temporary_bytes: the most that all else takes at a time.
+      peak_bytes: device memory that it needs, as of `program_bytes`.
+      argument_bytes: of that, inputs, the state included.
+      temporary_bytes: of that, the most that neither inputs nor results take at a time.
       host_bytes: arguments, results and temporaries in host memory.
     """
 
     flops: float
     collectives: dict[Collective, int]
     opaque_calls: dict[str, int]
+    peak_bytes: int
     argument_bytes: int
-    output_bytes: int
-    alias_bytes: int
     temporary_bytes: int
     host_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """Return the device memory that the program needs: all but what is aliased."""
-        own = self.argument_bytes + self.output_bytes + self.temporary_bytes
-        return own - self.alias_bytes
 
     def by_kind(self) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
         """Return the number and the bytes of the collectives of each kind and set of axes."""
@@ -121,22 +113,39 @@ def read_program(compiled: Any, mesh: Mesh | None = None) -> Program:
       mesh: names the axes of collectives; its devices in the order they were compiled for.
 
     Raises:
-      ValueError: a loop whose trip count the compiler does not tell.
+      ValueError: a loop whose trip count the compiler does not tell, or bytes that it does not.
     """
-    memory = compiled.memory_analysis()
+    memory, peak_bytes = compiled.memory_analysis(), program_bytes(compiled)
+    if peak_bytes is None:
+        raise ValueError("the compiler does not tell what memory its program needs")
     cost = _Reader(compiled.as_text(), mesh).cost()
     return Program(
         flops=cost.flops,
         collectives=dict(cost.collectives),
         opaque_calls=dict(cost.opaque),
+        peak_bytes=peak_bytes,
         argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         host_bytes=memory.host_argument_size_in_bytes
         + memory.host_output_size_in_bytes
         - memory.host_alias_size_in_bytes
         + memory.host_temp_size_in_bytes,
+    )
+
+
+def program_bytes(compiled: Any) -> int | None:
+    """Return the bytes a program needs on each device: arguments, results, temporaries.
+
+    Results that lie where arguments were count once; None where the compiler does not tell.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
     )
 
 

@@ -211,7 +211,7 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Static:
+class _Static:
     """A value that passes from a forward to a backward function and is no array."""
 
     value: frozenset[str]
@@ -239,7 +239,10 @@ def _gather_forward(weight, whole, sharded, partial, dtypes):  # type: ignore[no
     del sharded
     # Not by a call of `_gather`, in which a remat policy could not see the reshard.
     deferred = jax.typeof(weight).sharding.spec.reduced
-    return _whole(weight, whole, partial, dtypes), (jnp.zeros((0,), weight.dtype), Static(deferred))
+    return _whole(weight, whole, partial, dtypes), (
+        jnp.zeros((0,), weight.dtype),
+        _Static(deferred),
+    )
 
 
 def _gather_backward(whole, sharded, partial, dtypes, residual, gradient):  # type: ignore[no-untyped-def]

@@ -22,10 +22,10 @@ from jaxscale.console import format_bytes
 from jaxscale.model.cost import num_parameters, train_flops_per_token
 from jaxscale.parallel.mesh import STAGE_AXIS
 from jaxscale.parallel.pipeline import bubble_words
-from jaxscale.parallel.program import read_program
+from jaxscale.parallel.program import program_bytes, read_program
 from jaxscale.train.memory import bytes_on_device, bytes_on_host, memory_of_device
 from jaxscale.train.state import abstract_batch, abstract_state, assemble
-from jaxscale.train.step import compile_step, program_bytes
+from jaxscale.train.step import compile_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ from jaxscale.model.cost import num_parameters, train_flops_per_token
 from jaxscale.optimizer import schedule_warning, unused_warning
 from jaxscale.parallel.mesh import STAGE_AXIS
 from jaxscale.parallel.pipeline import bubble_words
+from jaxscale.parallel.program import program_bytes
 from jaxscale.train.evaluate import Evaluation
 from jaxscale.train.memory import memory_of_device, sharding_warning
 from jaxscale.train.start import Run
-from jaxscale.train.step import program_bytes
 
 
 class StepLog:

@@ -226,16 +226,3 @@ def compile_step(assembly: Assembly) -> Any:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(assembly.mesh):
         return jitted.lower(state, batch).compile()
-
-
-def program_bytes(program: Any) -> int | None:
-    """Return the bytes a compiled program needs on each device: arguments, results, temporaries."""
-    memory = program.memory_analysis()
-    if memory is None:
-        return None
-    return int(
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )

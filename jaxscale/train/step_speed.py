@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxscale import runtime
 from jaxscale.config import Config, ConfigError
+from jaxscale.parallel.program import program_bytes
 from jaxscale.train.memory import bytes_on_device, memory_of_device
 from jaxscale.train.state import (
     Assembly,
@@ -20,7 +21,7 @@ from jaxscale.train.state import (
     assemble,
     init_state,
 )
-from jaxscale.train.step import compile_step, program_bytes
+from jaxscale.train.step import compile_step
 
 REPEATS = 5
 SECONDS_PER_REPEAT = 0.3

@@ -16,6 +16,7 @@ import optax
 
 from jaxscale import records
 from jaxscale.config import Config, OptimizerConfig
+from jaxscale.parallel.program import program_bytes
 from jaxscale.train.memory import bytes_on_device
 from jaxscale.train.state import (
     BATCH_DTYPES,
@@ -25,7 +26,7 @@ from jaxscale.train.state import (
     in_stage_order,
     init_state,
 )
-from jaxscale.train.step import compile_step, program_bytes
+from jaxscale.train.step import compile_step
 from jaxscale.train.step_speed import check_room
 
 # f32 sums in another order: each of the ~10 sums over some 100 terms between a weight and its

@@ -86,7 +86,6 @@ def test_bytes_are_the_compilers() -> None:
     memory = compiled(lambda a, b: a @ b, (M, K), (K, N)).memory_analysis()
     program = read_program(compiled(lambda a, b: a @ b, (M, K), (K, N)))
     assert program.argument_bytes == 4 * (M * K + K * N)
-    assert program.output_bytes == 4 * M * N
     assert program.peak_bytes == 4 * (M * K + K * N + M * N) + memory.temp_size_in_bytes
 
 

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 
+from jaxscale.cli import make_parser
 from jaxscale.config import Config, ConfigError
 from jaxscale.resolve import resolve
 from jaxscale.sweep.points import (
+    PRESETS,
+    SCALINGS,
     Machine,
     Options,
     Plan,
@@ -139,3 +142,12 @@ def test_batch_sizes_train_on_equal_tokens_and_are_scored_on_equal_windows() -> 
     rate = config.optimizer.learning_rate
     assert [t.optimizer.learning_rate for t in trained[3:6:2]] == [rate, rate * 2]
     assert all(t.optimizer.warmup_steps * 10 <= t.train.steps for t in trained)
+
+
+def test_the_command_line_knows_all_presets_and_scalings() -> None:
+    """It names them itself, since it must not import JAX."""
+    verbs = next(action for action in make_parser()._actions if action.dest == "verb")
+    assert isinstance(verbs.choices, dict)
+    choices = {action.dest: action.choices for action in verbs.choices["sweep"]._actions}
+    assert choices["preset"] == ("", *PRESETS)
+    assert choices["scale_learning_rate"] == tuple(SCALINGS)
