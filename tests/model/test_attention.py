@@ -73,6 +73,16 @@ def test_all_to_all_needs_the_heads_that_tensor_leaves() -> None:
         check_attention(dataclasses.replace(model, num_heads=4), rules, mesh, 16)
 
 
+def test_a_length_that_makes_no_good_blocks_is_refused() -> None:
+    mesh, rules = make_mesh(MeshConfig(data=1), jax.devices()[:1]), Rules.make(RulesConfig())
+    for length in (13, 1000, 1024, 1 << 20):
+        check_attention(ModelConfig(attention="chunked"), rules, mesh, length)
+    check_attention(ModelConfig(attention="dense"), rules, mesh, 1031)
+    for length in (1031, 2 * 1031):
+        with pytest.raises(ConfigError, match=f"data.length={length} has no divisor .* of 64"):
+            check_attention(ModelConfig(attention="chunked"), rules, mesh, length)
+
+
 def test_blocks_divide_the_length() -> None:
     sizes = {1: 1, 4: 1, 13: 1, 64: 16, 256: 64, 4096: 512, 1 << 15: 512}
     assert {length: block_size(length) for length in sizes} == sizes

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxscale.config import ConfigError, ModelConfig
 from jaxscale.model.attention.all_to_all import by_heads
-from jaxscale.model.attention.chunked import chunked_attention
+from jaxscale.model.attention.chunked import block_size, chunked_attention
 from jaxscale.model.attention.dense import Operands, Span, dense_attention
 from jaxscale.model.attention.flash import flash_attention
 from jaxscale.model.attention.ring import ring_attention, zigzag_order
@@ -24,6 +24,8 @@ from jaxscale.parallel.pipeline import on_each_device
 from jaxscale.parallel.sharding import Axis, Rules
 
 Axes = tuple[str, ...]
+# Of blocks of fewer tokens than this, no more than so many: one is worked off after the other.
+SMALL_BLOCK, MOST_SMALL_BLOCKS = 64, 64
 
 
 def attend(x: Operands, model: ModelConfig, rules: Rules) -> jax.Array:
@@ -80,6 +82,12 @@ def check_attention(model: ModelConfig, rules: Rules, mesh: Mesh, length: int) -
         raise ConfigError(
             f"model.sequence_attention=ring: twice {cut} does not divide data.length={length}; "
             f"take a multiple of {2 * parts}"
+        )
+    own, block = length // parts, block_size(length // parts)
+    if model.attention != "dense" and block < SMALL_BLOCK and own > MOST_SMALL_BLOCKS * block:
+        raise ConfigError(
+            f"model.attention={model.attention}: data.length={length} has no divisor to make good "
+            f"blocks of, only {block}; take a multiple of {SMALL_BLOCK * parts}, or dense"
         )
 
 
