@@ -29,9 +29,19 @@ class Chip:
     torus_dims: int
     # The slow network between slices or nodes, one way.
     dcn_bytes_per_second_per_host: float
-    # Matrix units of the chip and their side, where published.
+    # Host memory, one way, for each chip.
+    host_bytes_per_second: float = 16e9
+    # Of a TPU: its cores, and their matrix units and the side of one, as the compiler counts them.
+    num_cores: int = 1
     num_mxus: int | None = None
     mxu_size: int | None = None
+    # What shapes its slices have, and in what sizes the torus is closed to a ring: from this many
+    # chips on along a dimension of a plane; where all dimensions are such multiples, in three.
+    topologies: tuple[str, ...] = ()
+    ring_size: int = 0
+    # How the TPU compiler wants the chip described, and what is best to tell it.
+    description: tuple[tuple[str, str], ...] = ()
+    compiler_options: tuple[tuple[str, str], ...] = ()
 
     @property
     def bf16_flops_per_second_per_device(self) -> float:
@@ -43,9 +53,30 @@ class Chip:
         """Memory of what JAX calls a device."""
         return self.hbm_bytes // self.devices_per_chip
 
+    @property
+    def clock_hertz(self) -> float:
+        """Cycles per second of a TPU: peak / (matrix units x side^2 x 2)."""
+        assert self.num_mxus and self.mxu_size, f"{self.name} is no TPU"
+        return self.bf16_flops_per_second / (self.num_mxus * self.mxu_size**2 * 2)
+
+    @property
+    def vector_ops_per_second(self) -> float:
+        """Peak of a TPU's vector units: cores x 8 x 128 lanes x 4 units x clock."""
+        return self.num_cores * 8 * 128 * 4 * self.clock_hertz
+
+
+# Shapes of slices: cloud.google.com/tpu/docs, the page of the chip's name.
+PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SMALL_CUBOIDS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+CUBOIDS = (
+    *SMALL_CUBOIDS,
+    *("4x4x4", "4x4x8", "4x4x12", "4x8x8", "4x4x16", "4x8x12", "8x8x8", "4x8x16", "8x8x12"),
+    *("8x8x16", "8x12x12", "8x12x16", "12x12x12", "8x16x16", "12x12x16", "12x16x16", "16x16x16"),
+)
 
 # HBM, FLOP/s, network per host: cloud.google.com/tpu/docs, the page of the chip's name.
-# ICI per link: jax-ml.github.io/scaling-book "How to Think About TPUs". MXUs: jax tpu_info.py.
+# ICI per link, PCIe: jax-ml.github.io/scaling-book "How to Think About TPUs". MXUs: FLOPs per cycle
+# of a large matmul, as the TPU compiler estimates it; a matmul is at 83% to 97% of these.
 TPUS = (
     Chip(
         name="v4",
@@ -58,8 +89,12 @@ TPUS = (
         ici_links=6,
         torus_dims=3,
         dcn_bytes_per_second_per_host=25e9,  # scaling-book; the chip's own page is silent
+        num_cores=2,
         num_mxus=8,
         mxu_size=128,
+        topologies=CUBOIDS,
+        ring_size=4,
+        description=(("chip_config_name", "megacore"),),
     ),
     Chip(
         name="v5e",
@@ -74,6 +109,8 @@ TPUS = (
         dcn_bytes_per_second_per_host=25e9,  # page "TPU v6e", which compares: 2 x 100 Gb/s
         num_mxus=4,
         mxu_size=128,
+        topologies=PLANES,
+        ring_size=16,
     ),
     Chip(
         name="v5p",
@@ -86,8 +123,11 @@ TPUS = (
         ici_links=6,
         torus_dims=3,
         dcn_bytes_per_second_per_host=25e9,  # 50 Gb/s per chip
+        num_cores=2,
         num_mxus=8,
         mxu_size=128,
+        topologies=(*CUBOIDS, "16x16x24"),
+        ring_size=4,
     ),
     Chip(
         name="v6e",
@@ -100,8 +140,11 @@ TPUS = (
         ici_links=4,
         torus_dims=2,
         dcn_bytes_per_second_per_host=100e9,  # 4 x 200 Gb/s
-        num_mxus=2,
+        num_mxus=4,
         mxu_size=256,
+        host_bytes_per_second=32e9,
+        topologies=PLANES,
+        ring_size=16,
     ),
     Chip(
         name="tpu7x",
@@ -115,8 +158,12 @@ TPUS = (
         ici_links=6,
         torus_dims=3,
         dcn_bytes_per_second_per_host=50e9,  # 100 Gb/s per chip
-        num_mxus=4,
+        num_cores=2,
+        num_mxus=8,
         mxu_size=256,
+        host_bytes_per_second=32e9,
+        topologies=CUBOIDS,
+        ring_size=4,
     ),
 )
 

@@ -75,8 +75,22 @@ def test_tpus_agree_with_jax(chip: Chip) -> None:
     assert chip.hbm_bytes_per_second == pytest.approx(
         info.mem_bw_bytes_per_second * cores, rel=0.13
     )
-    assert chip.num_mxus == info.num_mxus * cores
+    assert chip.num_cores == cores
+    # The compiler finds room for twice as many products per cycle in units of 256 as JAX counts.
+    halves = 2 if chip.mxu_size == 256 else 1
+    assert chip.num_mxus == info.num_mxus * cores * halves
     assert chip.mxu_size == info.mxu_column_size
+
+
+@pytest.mark.parametrize("chip", TPUS, ids=lambda chip: chip.name)
+def test_clocks_are_those_of_silicon(chip: Chip) -> None:
+    assert 1e9 < chip.clock_hertz < 2.5e9
+
+
+@pytest.mark.parametrize("chip", TPUS, ids=lambda chip: chip.name)
+def test_slices_have_the_dimensions_of_the_torus(chip: Chip) -> None:
+    assert all(shape.count("x") + 1 == chip.torus_dims for shape in chip.topologies)
+    assert len(set(chip.topologies)) == len(chip.topologies)
 
 
 def test_a_device_is_a_part_of_a_tpu7x_chip() -> None:
