@@ -31,8 +31,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "model.layers model.remat model.decoder model.loss model.cost",
     ),
     "F3 services": (
-        "data.workers data.python_stdlib data.documents data.storage data.files data.tfds_source "
-        "data.sources data.tokenizer data.bpe data.token_cache data.shards data.kept_shards "
+        "data.workers child data.python_stdlib data.documents data.storage data.files "
+        "data.tfds_source data.sources data.tokenizer data.bpe data.token_cache data.shards data.kept_shards "
         "data.local_copy data.prepare data.mixture data.corpus data.loader data.ngram "
         "data.profile data.profile_table",
         "workdir adafactor muon optimizer manifest checkpoint metrics goodput profiling console "
@@ -44,7 +44,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "train.dry_run train.smoke train.step_speed",
     ),
     "F5 around": (
-        "export plan.memory plan.roofline plan.compile plan.rank",
+        "export",
+        "plan.torus plan.shares plan.published plan.space plan.memory plan.roofline plan.kernels "
+        "plan.schedule plan.timeline plan.child plan.compile plan.rank plan.table",
         "verify.compare verify.cases verify.run",
     ),
     "F6 products": (
