@@ -32,9 +32,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "F3 services": (
         "data.workers child data.python_stdlib data.documents data.storage data.files "
-        "data.tfds_source data.sources data.tokenizer data.bpe data.token_cache data.shards data.kept_shards "
-        "data.local_copy data.prepare data.mixture data.corpus data.loader data.ngram "
-        "data.profile data.profile_table",
+        "data.tfds_source data.sources data.tokenizer data.bpe data.token_cache data.shards "
+        "data.kept_shards data.local_copy data.prepare data.mixture data.corpus data.loader "
+        "data.ngram data.profile data.profile_table",
         "workdir adafactor muon optimizer manifest checkpoint metrics goodput profiling console "
         "huggingface",
     ),

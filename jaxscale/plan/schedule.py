@@ -6,7 +6,6 @@ prices it.
 """
 
 import dataclasses
-import functools
 import re
 
 from jax.sharding import Mesh
@@ -131,15 +130,17 @@ def read_schedule(text: str, mesh: Mesh | None = None) -> tuple[Event, ...]:
 class _Reader:
     def __init__(self, computations: dict[str, Computation], mesh: Mesh | None) -> None:
         self._computations, self._mesh = computations, mesh
-        self.events = functools.cache(self._events)
-        self._calls_within = functools.cache(self._calls)
+        self._known: dict[str, tuple[Event, ...]] = {}
 
-    def _events(self, name: str) -> tuple[Event, ...]:
-        computation, found = self._computations[name], list[Event]()
-        for instruction in computation.values():
-            if instruction.opcode not in FREE:
-                found += self._of(instruction, computation)
-        return tuple(found)
+    def events(self, name: str) -> tuple[Event, ...]:
+        """Return the events of a computation; each is read once."""
+        if name not in self._known:
+            computation, found = self._computations[name], list[Event]()
+            for instruction in computation.values():
+                if instruction.opcode not in FREE:
+                    found += self._of(instruction, computation)
+            self._known[name] = tuple(found)
+        return self._known[name]
 
     def _of(self, instruction: Instruction, around: Computation) -> list[Event]:
         opcode = instruction.opcode
@@ -148,7 +149,8 @@ class _Reader:
             return [Loop(times, self.events(instruction.called["body"][0]))]
         if opcode == "conditional":
             names = [name for names in instruction.called.values() for name in names]
-            return list(max([self.events(name) for name in names], key=len))
+            branches: list[tuple[Event, ...]] = [self.events(name) for name in names]
+            return list(max(branches, key=len))
         if opcode == "custom-call":
             return self._custom_call(instruction, around)
         if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
@@ -187,7 +189,7 @@ class _Reader:
     def _fusion(self, instruction: Instruction, around: Computation) -> list[Event]:
         """Read a fusion: matmuls, elementwise operations, and steps of collectives among them."""
         inner = self._computations[instruction.called["calls"][0]]
-        targets = self._calls_within(instruction.called["calls"][0])
+        targets = self._targets(instruction.called["calls"][0])
         own = self._operation(instruction, around)
         for call in inner.values():
             kind = call.opcode
@@ -204,7 +206,7 @@ class _Reader:
                 return [own, Send(key, collective), Wait(key)]
         return [own]
 
-    def _calls(self, name: str) -> frozenset[str]:
+    def _targets(self, name: str) -> frozenset[str]:
         targets = set()
         for instruction in self._computations[name].values():
             if instruction.opcode == "custom-call":
