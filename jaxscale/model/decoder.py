@@ -93,9 +93,10 @@ class Decoder(nnx.Module):
         """
         model, rules = self.model, self.rules
         dtype = jnp.dtype(model.compute_dtype)
-        x_BLD = looked_up(self.embedding, tokens_BL, rules, dtype)
-        if self.positions is not None:
-            x_BLD = x_BLD + looked_up(self.positions, span.positions_BL, rules, dtype)
+        with jax.named_scope("embedding"):
+            x_BLD = looked_up(self.embedding, tokens_BL, rules, dtype)
+            if self.positions is not None:
+                x_BLD = x_BLD + looked_up(self.positions, span.positions_BL, rules, dtype)
         x_BLD = rules.place(x_BLD, "batch", "residual_length", "width")
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(model, rules, nnx.Rngs(0))))
 

@@ -13,9 +13,9 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxscale.parallel.hlo import Computation, Instruction, num_bytes, parse, shape_of, trip_count
+from jaxscale.parallel.mesh import AnyMesh
 
 COLLECTIVES = (
     "all-gather",
@@ -105,7 +105,7 @@ class _Cost:
             self.opaque[target] += times * number
 
 
-def read_program(compiled: Any, mesh: Mesh | None = None) -> Program:
+def read_program(compiled: Any, mesh: AnyMesh | None = None) -> Program:
     """Return what a `jax.stages.Compiled` costs each device.
 
     Args:
@@ -152,7 +152,7 @@ def program_bytes(compiled: Any) -> int | None:
 class _Reader:
     """Adds the costs of computations up from the entry, each read once."""
 
-    def __init__(self, text: str, mesh: Mesh | None) -> None:
+    def __init__(self, text: str, mesh: AnyMesh | None) -> None:
         self._computations, self._entry = parse(text)
         self._mesh = mesh
         self._of = functools.cache(self._cost_of)
@@ -203,7 +203,7 @@ class _Reader:
                     total.add(self._of(name))
 
 
-def collective_of(found: Instruction, computation: Computation, mesh: Mesh | None) -> Collective:
+def collective_of(found: Instruction, computation: Computation, mesh: AnyMesh | None) -> Collective:
     """Return the collective that an instruction is, or begins.
 
     Args:
@@ -317,7 +317,7 @@ def _groups_of_axes(text: str) -> list[list[int]]:
     return list(devices.transpose(others + chosen).reshape(-1, size).tolist())
 
 
-def _axes_of(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
+def _axes_of(groups: list[list[int]], mesh: AnyMesh) -> tuple[str, ...]:
     shape = tuple(mesh.shape.values())
     places = [np.array(np.unravel_index(group, shape)) for group in groups]
     varying = np.any([np.any(place != place[:, :1], axis=1) for place in places], axis=0)

@@ -8,8 +8,6 @@ prices it.
 import dataclasses
 import re
 
-from jax.sharding import Mesh
-
 from jaxscale.config import ConfigError
 from jaxscale.parallel.hlo import (
     Computation,
@@ -20,6 +18,7 @@ from jaxscale.parallel.hlo import (
     shape_of,
     trip_count,
 )
+from jaxscale.parallel.mesh import AnyMesh
 from jaxscale.parallel.program import (
     CHEAP_CALLS,
     COLLECTIVES,
@@ -112,7 +111,7 @@ class Loop:
 Event = Operation | Kernel | Send | Wait | Loop
 
 
-def read_schedule(text: str, mesh: Mesh | None = None) -> tuple[Event, ...]:
+def read_schedule(text: str, mesh: AnyMesh | None = None) -> tuple[Event, ...]:
     """Return what a compiled TPU program does on each device, in order.
 
     Args:
@@ -128,7 +127,7 @@ def read_schedule(text: str, mesh: Mesh | None = None) -> tuple[Event, ...]:
 
 
 class _Reader:
-    def __init__(self, computations: dict[str, Computation], mesh: Mesh | None) -> None:
+    def __init__(self, computations: dict[str, Computation], mesh: AnyMesh | None) -> None:
         self._computations, self._mesh = computations, mesh
         self._known: dict[str, tuple[Event, ...]] = {}
 
@@ -149,8 +148,8 @@ class _Reader:
             return [Loop(times, self.events(instruction.called["body"][0]))]
         if opcode == "conditional":
             names = [name for names in instruction.called.values() for name in names]
-            branches: list[tuple[Event, ...]] = [self.events(name) for name in names]
-            return list(max(branches, key=len))
+            branches = sorted((len(self.events(name)), name) for name in names)
+            return list(self.events(branches[-1][1]))
         if opcode == "custom-call":
             return self._custom_call(instruction, around)
         if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
