@@ -44,7 +44,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "train.dry_run train.smoke train.step_speed",
     ),
     "F5 around": (
-        "export plan.memory plan.roofline plan.compile plan.rank",
+        "export plan.torus plan.shares plan.space plan.memory plan.roofline plan.kernels "
+        "plan.timeline plan.compile plan.rank plan.table",
         "verify.compare verify.cases verify.run",
     ),
     "F6 products": (
