@@ -24,6 +24,7 @@ from jaxscale.model.contract import contract
 from jaxscale.model.layers import MLP, Attention, Norm, gathered, looked_up, matrix
 from jaxscale.model.remat import run_blocks
 from jaxscale.parallel.host_memory import to_device
+from jaxscale.parallel.mesh import AnyMesh
 from jaxscale.parallel.pipeline import pipelined, stage_order
 from jaxscale.parallel.sharding import Axis, Rules, check_divides, map_axes
 
@@ -215,7 +216,7 @@ def define(model: ModelConfig, rules: Rules) -> Definition:
     return Definition(model, rules, graphdef, shapes, nnx.to_pure_dict(axes))
 
 
-def check_mesh(model: ModelConfig, rules: Rules, mesh: Mesh) -> None:
+def check_mesh(model: ModelConfig, rules: Rules, mesh: AnyMesh) -> None:
     """Check that the mesh cuts the model's dimensions evenly.
 
     Raises:
