@@ -26,10 +26,12 @@ COLLECTIVES = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-# Custom calls that compute no matmul: annotations, memory, the ends of asynchronous collectives.
+# Custom calls that compute no matmul: annotations, memory, the ends of asynchronous collectives,
+# what surrounds a transfer between slices.
 CHEAP_CALLS = (
     *("Sharding", "SPMD", "annotate_device_placement", "MoveTo", "AllocateBuffer", "TopK"),
     *("AsyncCollective", "ConcatBitcast", "AssumeGatherIndicesInBound"),
+    *("SliceId", "ZeroCrop"),
 )
 # Pallas kernels go by the name of their kernel.
 PALLAS = "tpu_custom_call"

@@ -30,6 +30,8 @@ from jaxscale.parallel.program import (
 
 # Memory spaces in a layout: the vector memory of a core, and the host's.
 VMEM, HOST = "S(1)", "S(5)"
+# Before the kind of what goes between slices.
+SLOW = "slices "
 # Instructions that take no time of their own.
 FREE = (
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id"),
@@ -154,14 +156,14 @@ class _Reader:
             return self._custom_call(instruction, around)
         if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
             return self._collective(instruction, around)
-        if opcode in ("copy-start", "copy-done"):
-            return _host_copy(instruction, around)
         if opcode in ("async-start", "async-done", "async-update", "call"):
             return self._async(instruction)
         if opcode == "fusion":
             return self._fusion(instruction, around)
         if opcode in ("send", "recv", "send-done", "recv-done"):
-            return _across_slices(instruction, around)
+            return _across_slices(instruction)
+        if opcode.endswith(("-start", "-done")):
+            return _copy(instruction, around)
         return [self._operation(instruction, around)]
 
     def _collective(self, instruction: Instruction, around: Computation) -> list[Event]:
@@ -313,23 +315,31 @@ def _written(root: Instruction, inner: Computation) -> int:
     return num_bytes(root.shape)
 
 
-def _host_copy(instruction: Instruction, around: Computation) -> list[Event]:
-    if instruction.opcode == "copy-done":
+def _copy(instruction: Instruction, around: Computation) -> list[Event]:
+    """Read a copy that goes on beside computation: to or from the host, or ahead to a core."""
+    if instruction.opcode.endswith("-done"):
         start = around.get(instruction.operands[0])
         return [Wait(instruction.operands[0])] if start and HOST in start.shape else []
     if HOST not in instruction.shape:
         # From memory to vector memory ahead of time; those who use it wait for nothing.
         return []
-    copied = around[instruction.operands[0]]
-    return [Send(instruction.name, None, host_bytes=num_bytes(copied.shape))]
+    # A slice stands beside the array that it is cut from, or put into.
+    return [Send(instruction.name, None, host_bytes=min(filter(None, array_bytes(instruction))))]
 
 
-def _across_slices(instruction: Instruction, around: Computation) -> list[Event]:
-    """Read what goes over the slow network: each device sends its part and receives another."""
-    if instruction.opcode.endswith("-done"):
-        return [Wait(instruction.operands[0])] if instruction.opcode == "recv-done" else []
-    if instruction.opcode == "send":
+def array_bytes(instruction: Instruction) -> list[int]:
+    """Return the bytes of each array, scalars aside, in the shape of an instruction."""
+    arrays = re.findall(r"\b[a-z]\w*\[\d[\d,]*\]", instruction.shape)
+    return [num_bytes(array) for array in arrays]
+
+
+def _across_slices(instruction: Instruction) -> list[Event]:
+    """Read what goes over the slow network, through the host: a send and its receive."""
+    if instruction.opcode == "recv-done":
+        return [Wait(instruction.operands[0])]
+    if instruction.opcode != "recv":
         return []
-    payload = num_bytes(instruction.shape)
-    collective = Collective("send", (), 2, payload, _source(instruction))
-    return [Send(instruction.name, collective)]
+    kind = re.search(r'transfer_type="(\w+)"', instruction.attributes)
+    name = kind[1].lower().replace("_", "-") if kind else "collective-permute"
+    payload = max(array_bytes(instruction), default=0)
+    return [Send(instruction.name, Collective(SLOW + name, (), 0, payload, _source(instruction)))]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from jaxscale.hardware import Chip
 from jaxscale.parallel.program import Collective
 from jaxscale.plan.kernels import Attention, kernel_seconds
-from jaxscale.plan.schedule import Event, Kernel, Loop, Operation, Send, Wait
+from jaxscale.plan.schedule import SLOW, Event, Kernel, Loop, Operation, Send, Wait
 from jaxscale.plan.shares import Shares
 from jaxscale.plan.torus import Network
 
@@ -106,12 +106,21 @@ class Prices:
         if event.collective is None:
             return event.host_bytes / self.chip.host_bytes_per_second, LINK_HOST
         one = event.collective
-        if one.kind == "send":
-            per_chip = self.chip.dcn_bytes_per_second_per_host / self.chip.chips_per_host
-            return one.payload_bytes / per_chip / shares.dcn, DCN
+        if one.kind.startswith(SLOW):
+            return self._between_slices(one) / shares.dcn, DCN
         cost = self.network.seconds(one.kind, one.axes, one.payload_bytes)
         ici, dcn = cost.ici / shares.ici, cost.dcn / shares.dcn
         return ici + dcn + HOP_SECONDS, DCN if dcn > ici else ICI
+
+    def _between_slices(self, one: Collective) -> float:
+        """Return the seconds at peak: every device sends its own part, and hosts share a link."""
+        chip, slices = self.chip, self.network.slice.num_slices
+        per_device = chip.dcn_bytes_per_second_per_host / chip.chips_per_host
+        per_device /= chip.devices_per_chip
+        times = {"all-reduce": 2.0, "all-gather": float(slices)}.get(
+            one.kind.removeprefix(SLOW), 1.0
+        )
+        return times * (slices - 1) / slices * one.payload_bytes / per_device
 
 
 def predict(events: tuple[Event, ...], prices: Prices) -> Timeline:

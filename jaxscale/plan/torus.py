@@ -190,7 +190,7 @@ class Network:
     """
 
     def __init__(self, slice_: Slice, grid: np.ndarray) -> None:
-        self._slice = slice_
+        self.slice = slice_
         shape = grid.shape
         places = [(*d.coords, d.core_on_chip, d.slice_index) for d in grid.flat]
         self._places = np.array(places).reshape(*shape, -1)
@@ -214,7 +214,7 @@ class Network:
         return len(self.group(tuple(axes)).spans) > 1
 
     def _inside(self, kind: str, group: Group, payload: float) -> float:
-        link = self._slice.chip.ici_link_bytes_per_second
+        link = self.slice.chip.ici_link_bytes_per_second
         if group.num_chips == 1:
             # The cores of a chip share it: what joins them is several times as fast as a link.
             return 0.0
@@ -230,7 +230,7 @@ class Network:
         return {"all-gather": once, "reduce-scatter": once, "all-reduce": 2 * once}[kind]
 
     def _across(self, kind: str, group: Group, payload: float) -> float:
-        s, chip = group.num_slices, self._slice.chip
+        s, chip = group.num_slices, self.slice.chip
         if s == 1:
             return 0.0
         devices_per_host = chip.chips_per_host * chip.devices_per_chip
@@ -252,17 +252,17 @@ class Network:
         *coords, cores, slices = places.T
         first = places[slices == slices[0]]
         chips = {tuple(place[:-2]) for place in first.tolist()}
-        shared = len(set(cores.tolist())) == 1 and self._slice.chip.devices_per_chip > 1
+        shared = len(set(cores.tolist())) == 1 and self.slice.chip.devices_per_chip > 1
         return Group(
             num_slices=len(set(slices.tolist())),
             num_devices=len(first),
             num_chips=len(chips),
             spans=tuple(self._spans(coords)),
-            share=1 / self._slice.chip.devices_per_chip if shared else 1.0,
+            share=1 / self.slice.chip.devices_per_chip if shared else 1.0,
         )
 
     def _spans(self, coords: Sequence[np.ndarray]) -> Iterator[_Span]:
-        for values, size, wraps in zip(coords, self._slice.shape, self._slice.wraps, strict=False):
+        for values, size, wraps in zip(coords, self.slice.shape, self.slice.wraps, strict=False):
             taken = sorted(set(values.tolist()))
             count = len(taken)
             if count > 1:
