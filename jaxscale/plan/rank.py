@@ -1,0 +1,289 @@
+"""The plan: every candidate by the closed form, the best of them through the real compiler, ranked.
+
+Compiling is slow, so the closed form prunes and orders first. What it calls best is compiled side
+by side without the slow options; the winner and the runner-up then once more, as training does.
+`jaxscale plan` prints the result.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxscale.config import Config, ConfigError, MeshConfig
+from jaxscale.data.workers import Stop, never
+from jaxscale.model.cost import train_flops_per_token
+from jaxscale.parallel.mesh import device_grid
+from jaxscale.plan.compile import Compiled, Job, compile_all
+from jaxscale.plan.memory import closed_bytes
+from jaxscale.plan.predict import predict_step
+from jaxscale.plan.roofline import closed_seconds
+from jaxscale.plan.shares import SHARES
+from jaxscale.plan.space import Candidate, Remat, candidates
+from jaxscale.plan.timeline import Timeline
+from jaxscale.plan.torus import Network, Slice, described_devices
+
+# Of a device's memory, what a program may take by the closed form to be compiled at all: it may be
+# so much too high.
+ROOM = 1.2
+CLOSED_FORM, COMPILED, AS_TRAINED = "closed form", "compiled", "as trained"
+# Compiled options that take minutes each; left out where candidates are only compared.
+SLOW_OPTIONS = ("xla_tpu_scoped_vmem_limit_kib",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asks for.
+
+    Attributes:
+      slice: the chips.
+      meshes: to choose from; empty: all.
+      remats: to choose from; empty: those that the planner knows.
+      batches: sequences per step to choose from; empty: the config's.
+      lengths: tokens per sequence to choose from; empty: the config's.
+      top: candidates that are compiled.
+      num_processes: that compile at a time; 0 = one for each core of the host.
+    """
+
+    slice: Slice
+    meshes: tuple[MeshConfig, ...] = ()
+    remats: tuple[Remat, ...] = ()
+    batches: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    top: int = 6
+    num_processes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A candidate and what is known of it; bytes are per device.
+
+    Attributes:
+      candidate: the config.
+      stage: how it is known: by the closed form, compiled, or compiled as training does.
+      needed_bytes: of device memory.
+      available_bytes: that a device has.
+      seconds: predicted, of a step; nan where it does not fit.
+      tokens_per_second_per_chip: predicted.
+      mfu: predicted: model FLOPs per second over peak.
+      bound: what most of the step is spent on.
+      compile_seconds: that the compiler took, when it did.
+      timeline: of a compiled step.
+      error: why it could not be compiled; empty if it could.
+    """
+
+    candidate: Candidate
+    stage: str
+    needed_bytes: int
+    available_bytes: int
+    seconds: float
+    tokens_per_second_per_chip: float
+    mfu: float
+    bound: str
+    compile_seconds: float = 0.0
+    timeline: Timeline | None = None
+    error: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it has room on a device, and could be compiled."""
+        return not self.error and self.needed_bytes <= self.available_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortlist:
+    """What the closed form says.
+
+    Attributes:
+      num_candidates: that the config can take on the slice.
+      num_fitting: of these, those with room by the closed form.
+      rows: those to compile, best first.
+      least_bytes: of the candidate that needs the least.
+    """
+
+    num_candidates: int
+    num_fitting: int
+    rows: list[Row]
+    least_bytes: int
+
+
+Progress = Callable[[str], None]
+
+
+def shortlist(config: Config, options: Options) -> Shortlist:
+    """Judge every candidate by the closed form.
+
+    Args:
+      config: resolved.
+      options: what to choose from.
+
+    Raises:
+      ConfigError: nothing fits; the message names the smallest slice on which something would.
+    """
+    rows = [closed_row(candidate, options.slice) for candidate in _choices(config, options)]
+    if not rows:
+        raise ConfigError(_no_candidate(config, options))
+    least = min(row.needed_bytes for row in rows)
+    fitting = [row for row in rows if row.needed_bytes <= ROOM * row.available_bytes]
+    if not fitting:
+        raise ConfigError(_no_room(config, options, least))
+    sure = sum(row.fits for row in fitting)
+    # What is over the limit by the closed form stands behind all that is not.
+    fitting.sort(key=lambda row: (not row.fits, -row.tokens_per_second_per_chip))
+    return Shortlist(len(rows), sure, _various(fitting, options.top), least)
+
+
+def _choices(config: Config, options: Options) -> Iterator[Candidate]:
+    for length in options.lengths or (config.data.length,):
+        for batch in options.batches or (config.train.global_batch_size,):
+            yield from candidates(
+                config,
+                options.slice,
+                meshes=options.meshes or "auto",
+                remat=options.remats or "auto",
+                batch=batch,
+                length=length,
+            )
+
+
+def _various(rows: Sequence[Row], count: int) -> list[Row]:
+    """Return the first so many rows, but no more than two of a mesh: the closed form may err."""
+    found: list[Row] = []
+    for row in rows:
+        alike = sum(row.candidate.mesh == other.candidate.mesh for other in found)
+        if alike < max(2, count // 3):
+            found.append(row)
+        if len(found) == count:
+            break
+    return found
+
+
+def closed_row(candidate: Candidate, slice_: Slice) -> Row:
+    """Return what the closed form says of a candidate."""
+    roofline = closed_seconds(candidate, slice_.chip, network(candidate.config.mesh, slice_))
+    needed = int(closed_bytes(candidate).total)
+    return _row(candidate, slice_, CLOSED_FORM, needed, roofline.total, bound=roofline.bound)
+
+
+@functools.lru_cache(maxsize=4096)
+def network(mesh: MeshConfig, slice_: Slice) -> Network:
+    """Return the network of a slice with a mesh placed on it."""
+    return Network(slice_, device_grid(mesh, described_devices(slice_)))
+
+
+def _row(
+    candidate: Candidate, slice_: Slice, stage: str, needed: int, seconds: float, **fields: Any
+) -> Row:
+    config = candidate.config
+    tokens = config.train.global_batch_size * config.data.length
+    rate = tokens / seconds / slice_.num_chips
+    flops = train_flops_per_token(config.model, config.data.length)
+    return Row(
+        candidate=candidate,
+        stage=stage,
+        needed_bytes=needed,
+        available_bytes=slice_.chip.hbm_bytes_per_device,
+        seconds=seconds,
+        tokens_per_second_per_chip=rate,
+        mfu=rate * flops / slice_.chip.bf16_flops_per_second,
+        **fields,
+    )
+
+
+def compile_rows(
+    rows: Sequence[Row],
+    options: Options,
+    *,
+    as_trained: bool = False,
+    progress: Progress,
+    stop: Stop = never,
+) -> list[Row]:
+    """Take rows through the real compiler and return them with what it says, the best first.
+
+    Args:
+      rows: candidates.
+      options: the slice and the number of processes.
+      as_trained: with all options that training uses, also the slow ones.
+      progress: told of each that is done.
+      stop: asked whether to stop.
+
+    Raises:
+      Stopped: `stop` said so; what was compiled is kept.
+    """
+    jobs = {_job(row.candidate, options.slice, as_trained): row.candidate for row in rows}
+    found: list[Row] = []
+    for job, compiled in compile_all(list(jobs), num_processes=options.num_processes, stop=stop):
+        row = _compiled_row(jobs[job], job, compiled, AS_TRAINED if as_trained else COMPILED)
+        found.append(row)
+        progress(f"{len(found)}/{len(jobs)} {row.stage}: {words(row, is_known=compiled.is_known)}")
+    return sorted(found, key=lambda row: (not row.fits, -row.tokens_per_second_per_chip))
+
+
+def words(row: Row, *, is_known: bool) -> str:
+    """Say in a line what is known of a candidate."""
+    name = f"{row.candidate.mesh_words}, {row.candidate.remat_words}"
+    if row.error:
+        return f"{name}: {row.error}"
+    needed = f"{row.needed_bytes / 2**30:.1f} GiB"
+    time = f"{row.seconds:.4g} s" if row.fits else "no room"
+    how = "known" if is_known else f"compiled in {row.compile_seconds:.0f} s"
+    return f"{name}: {needed}, {time} ({how})"
+
+
+def _job(candidate: Candidate, slice_: Slice, as_trained: bool) -> Job:
+    options = slice_.chip.compiler_options
+    if not as_trained:
+        options = tuple(pair for pair in options if pair[0] not in SLOW_OPTIONS)
+    return Job(candidate.config, slice_, options)
+
+
+def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, stage: str) -> Row:
+    if compiled.has_room:
+        timeline = predict_step(job, compiled, shares=SHARES)
+        seconds, bound = timeline.seconds, timeline.bound
+    else:
+        timeline, seconds, bound = None, math.nan, "memory"
+    return _row(
+        candidate,
+        job.slice,
+        stage,
+        compiled.needed_bytes,
+        seconds,
+        bound=bound,
+        compile_seconds=compiled.compile_seconds,
+        timeline=timeline,
+        error=compiled.error,
+    )
+
+
+def _no_candidate(config: Config, options: Options) -> str:
+    batch = config.train.global_batch_size
+    return (
+        f"no mesh of {options.slice.num_devices} devices cuts the model and "
+        f"train.global_batch_size={batch} evenly; take a batch that is a multiple of "
+        f"{options.slice.num_devices}, or another --topology"
+    )
+
+
+def _no_room(config: Config, options: Options, least: int) -> str:
+    slice_, available = options.slice, options.slice.chip.hbm_bytes_per_device
+    needed = f"{least / 2**30:.1f} GiB of a device's {available / 2**30:.1f}"
+    larger = smallest_slice(config, options)
+    remedy = f"the smallest that would be is {larger.name}" if larger else "none of that chip is"
+    return f"--topology={slice_.name} is too small: the leanest candidate needs {needed}; {remedy}"
+
+
+def smallest_slice(config: Config, options: Options) -> Slice | None:
+    """Return the smallest slice of the same chip on which something fits; None if nothing does."""
+    chip = options.slice.chip
+    shapes = [tuple(map(int, name.split("x"))) for name in chip.topologies]
+    for shape in sorted(shapes, key=math.prod):
+        if math.prod(shape) <= math.prod(options.slice.shape):
+            continue
+        slice_ = dataclasses.replace(options.slice, shape=shape)
+        other = dataclasses.replace(options, slice=slice_)
+        bytes_ = (closed_bytes(candidate).total for candidate in _choices(config, other))
+        if any(needed <= chip.hbm_bytes_per_device for needed in bytes_):
+            return slice_
+    return None
