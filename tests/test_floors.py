@@ -44,7 +44,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "train.dry_run train.smoke train.step_speed",
     ),
     "F5 around": (
-        "export plan.torus plan.shares plan.space plan.memory plan.roofline plan.kernels "
+        "export plan.torus plan.shares plan.space plan.part plan.memory plan.roofline plan.kernels "
         "plan.timeline plan.compile plan.rank plan.table",
         "verify.compare verify.cases verify.run",
     ),
