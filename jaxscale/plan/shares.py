@@ -18,7 +18,7 @@ class Shares:
       dcn: of the network between slices.
     """
 
-    matmul: float = 0.9
+    matmul: float = 0.85
     vector: float = 0.6
     hbm: float = 0.8
     ici: float = 0.8

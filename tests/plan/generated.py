@@ -46,7 +46,7 @@ def _drawn(preset: str, draw: random.Random) -> tuple[Config, Slice] | None:
     in_stages = sizes[STAGE_AXIS] > 1
     parts = draw.choice((1, 1, 1, 2, 4)) * (2 * sizes[STAGE_AXIS] if in_stages else 1)
     remat, optimizer = draw.choice(REMATS), draw.choice(OPTIMIZERS)
-    _, replicas, fsdp, sequence, tensor = sizes.values()
+    _, replicas, fsdp, sequence, _ = sizes.values()
     tokens = rows * parts * length // sequence
     if (
         sum(size > 1 for size in sizes.values()) > MOST_AXES
