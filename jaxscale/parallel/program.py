@@ -31,7 +31,7 @@ COLLECTIVES = (
 CHEAP_CALLS = (
     *("Sharding", "SPMD", "annotate_device_placement", "MoveTo", "AllocateBuffer", "TopK"),
     *("AsyncCollective", "ConcatBitcast", "AssumeGatherIndicesInBound"),
-    *("SliceId", "ZeroCrop"),
+    *("SliceId", "ZeroCrop", "PrepareAsyncCall"),
 )
 # Pallas kernels go by the name of their kernel.
 PALLAS = "tpu_custom_call"

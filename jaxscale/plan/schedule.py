@@ -30,6 +30,11 @@ from jaxscale.parallel.program import (
 
 # Memory spaces in a layout: the vector memory of a core, and the host's.
 VMEM, HOST = "S(1)", "S(5)"
+# Calls, and what other cores work off meanwhile.
+ASYNC = (
+    *("call", "call-start", "call-update", "call-done"),
+    *("async-start", "async-update", "async-done"),
+)
 # Before the kind of what goes between slices.
 SLOW = "slices "
 # Instructions that take no time of their own.
@@ -156,7 +161,7 @@ class _Reader:
             return self._custom_call(instruction, around)
         if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
             return self._collective(instruction, around)
-        if opcode in ("async-start", "async-done", "async-update", "call"):
+        if opcode in ASYNC:
             return self._async(instruction)
         if opcode == "fusion":
             return self._fusion(instruction, around)
@@ -175,14 +180,13 @@ class _Reader:
 
     def _async(self, instruction: Instruction) -> list[Event]:
         """Read what another core works off: a collective on a sparse core."""
-        if instruction.opcode != "async-start" and instruction.opcode != "call":
-            done = instruction.opcode == "async-done"
-            return [Wait(instruction.operands[0])] if done else []
+        if instruction.opcode.endswith("-done"):
+            return [Wait(instruction.operands[0])]
+        if instruction.opcode.endswith("-update"):
+            return []
         inner = self.events(next(iter(instruction.called.values()))[0])
-        if instruction.opcode == "call":
-            return list(inner)
         sends = [event for event in inner if isinstance(event, Send)]
-        if not sends:
+        if instruction.opcode == "call" or not sends:
             return list(inner)
         key = instruction.name
         return [dataclasses.replace(send, key=key, on_sparse_core=True) for send in sends]
