@@ -60,8 +60,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
-        # A Pallas kernel's attributes go over several lines.
-        if line == "}":
+        # A Pallas kernel's attributes go over several lines, which may begin like an end.
+        if line == "}" or line.startswith("}, execution_thread="):
             current = None
         elif current is not None:
             found = _instruction(line)
