@@ -44,7 +44,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "train.dry_run train.smoke train.step_speed",
     ),
     "F5 around": (
-        "export plan.memory plan.roofline plan.compile plan.rank",
+        "export plan.memory plan.roofline plan.compile plan.rank plan.words plan.rows "
+        "plan.published plan.score",
         "verify.compare verify.cases verify.run",
     ),
     "F6 products": (

@@ -1,0 +1,1 @@
+"""Predicts a training step before it runs, and is held against published runs."""
