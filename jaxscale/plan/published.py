@@ -139,6 +139,7 @@ def to_run(row: Row) -> Run | Skipped:
 
 def _run(row: Row) -> Run:
     _check_row(row)
+    topology = _topology(row)
     kernel = words.read_kernel(row.attention_kernel)
     kept = words.kept_activations(row.remat_policy, row.remat_meaning)
     if kept is None:
@@ -177,7 +178,7 @@ def _run(row: Row) -> Run:
     return Run(
         row=row,
         config=config,
-        topology=_topology(row),
+        topology=topology,
         options=words.compiler_options(row.xla_flags),
         kernel=kernel,
         offloaded_carry_bytes=held * (words.CARRY in kept.on_host),

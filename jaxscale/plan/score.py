@@ -103,26 +103,40 @@ def published_mfu(run: Run) -> float:
     return run.model_flops / run.published_seconds / run.chip.bf16_flops_per_second
 
 
-def constant_mfu(runs: Sequence[Run], *, left_out: bool = False) -> list[float]:
-    """Return seconds of each run at the median MFU of the runs on its chip.
+def constant_mfu(
+    runs: Sequence[Run], known: Sequence[Run], *, left_out: bool = False
+) -> list[float]:
+    """Return seconds of each run at the median MFU of the known runs on its chip.
 
     Args:
-      runs: to predict, and to take the medians of.
-      left_out: take the median of the runs on all other chips; NaN where there are none.
+      runs: to predict.
+      known: to take medians of.
+      left_out: take the median of the runs on all other chips instead.
+
+    A run has NaN where there is nothing to take the median of.
     """
     seconds = []
     for run in runs:
-        known = [published_mfu(r) for r in runs if (r.chip == run.chip) != left_out]
-        mfu = statistics.median(known) if known else math.nan
+        mfus = [published_mfu(r) for r in known if (r.chip == run.chip) != left_out]
+        mfu = statistics.median(mfus) if mfus else math.nan
         seconds.append(run.model_flops / mfu / run.chip.bf16_flops_per_second)
     return seconds
 
 
-def left_out(predict: Predict[Shares], runs: Sequence[Run], start: Shares) -> list[float]:
-    """Return seconds of each run, predicted with the constants that fit all other chips best."""
+def left_out(
+    predict: Predict[Shares], runs: Sequence[Run], known: Sequence[Run], start: Shares
+) -> list[float]:
+    """Return seconds of each run, predicted with the constants that fit other chips best.
+
+    Args:
+      predict: prices a run.
+      runs: to predict.
+      known: to fit to, those on other chips than the run's.
+      start: constants from which the fit starts; those of a run if there is nothing to fit to.
+    """
     fitted = {}
     for chip in {run.chip.name for run in runs}:
-        others = [run for run in runs if run.chip.name != chip]
+        others = [run for run in known if run.chip.name != chip]
         fitted[chip] = fit(predict, others, start) if others else start
     return [predict(run, fitted[run.chip.name]).seconds for run in runs]
 
