@@ -25,10 +25,14 @@ class Shares:
 
 
 def planner_of(factor: float, fits: bool = True) -> Any:
-    """Return a planner whose constant of 1.0 gives `factor` times the published seconds."""
+    """Return a planner whose constant of 1.0 gives `factor` times the published seconds.
+
+    Rows of completeness C it misses by far.
+    """
 
     def predict(run: Run, shares: Shares) -> Prediction:
-        return Prediction(factor * run.published_seconds / shares.compute, fits, 2**30, "ICI")
+        far = 10 if run.row.completeness == "C" else factor
+        return Prediction(far * run.published_seconds / shares.compute, fits, 2**30, "ICI")
 
     def planner(runs: Sequence[Run]) -> Any:
         return predict, Shares()
@@ -101,7 +105,7 @@ def test_partial_rows_do_not_count(
 ) -> None:
     with FILE.open() as file:
         cells = list(csv.DictReader(file))
-    cells[0].update(completeness="C", step_time_s="1000")
+    cells[0].update(completeness="C")
     rows = tmp_path / "rows.csv"
     with rows.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(cells[0]))
@@ -110,7 +114,6 @@ def test_partial_rows_do_not_count(
     run(rows=rows, planner=planner_of(1.25))
     one = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("planner  "))
     assert one.split()[1:] == ["25.0%", "100%"]
-    assert "1000.00 s" not in one
 
 
 def test_only_some_rows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,10 @@ def test_kernels() -> None:
 
 
 def test_compiler_options() -> None:
-    flags = "--xla_tpu_a=1 --xla_tpu_a=2 --2a88_chip=x --xla_dump_to=/x --xla_enable_async_b=true"
+    flags = (
+        "--xla_tpu_a=1 --xla_tpu_a=2 --2a88_chip=x --xla_dump_to=/x --xla_tpu_dump_c=/x "
+        "--xla_tpu_spmd_rng_bit_generator_unsafe=true --xla_enable_async_b=true"
+    )
     assert compiler_options(flags) == (("xla_tpu_a", "2"), ("xla_enable_async_b", "true"))
 
 
