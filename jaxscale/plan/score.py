@@ -23,7 +23,7 @@ LEAST_SHARE, LARGEST_SHARE = 0.3, 1.0
 LARGE_ERROR = 0.1
 # Of the fit: difference quotients are taken over so much of a share's logarithm; it ends when a
 # step improves the loss by less than such a part, or after so many steps.
-QUOTIENT_STEP, LEAST_GAIN, MOST_STEPS = 0.02, 1e-4, 20
+QUOTIENT_STEP, LEAST_GAIN, MOST_STEPS = 0.02, 1e-3, 20
 DAMPING, MOST_DAMPING = 1e-3, 1e3
 # Published MFUs nearer than this are alike.
 ALIKE = 0.05
