@@ -18,7 +18,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxscale import records, runtime
 from jaxscale.config import ConfigError
@@ -26,6 +26,7 @@ from jaxscale.plan import score
 from jaxscale.plan.published import Run, Skipped, to_run
 from jaxscale.plan.rows import read_rows
 from jaxscale.plan.score import Errors, Predict, Prediction
+from jaxscale.plan.words import refused_option
 from jaxscale.verbs.common import DONE, FAILED, INTERRUPTED, WRONG
 
 GIB = 2**30
@@ -36,8 +37,20 @@ COUNTED = ("A", "B")
 # Colours of Okabe and Ito, which every kind of colour vision tells apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
-# From the runs to what predicts them and its constants, everything compiled.
-Planner = Callable[[Sequence[Run]], tuple[Predict[Any], Any]]
+# Tokens whose logits exist at once where those of all have no room, as by our own default.
+CHUNK_TOKENS = 2048
+
+
+class Planned(NamedTuple):
+    """What predicts runs, its constants, and of runs that it cannot predict the reason by id."""
+
+    predict: Predict[Any]
+    shares: Any
+    reasons: dict[str, str]
+
+
+# Everything is compiled when it returns.
+Planner = Callable[[Sequence[Run]], Planned]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +150,71 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def real_planner(runs: Sequence[Run]) -> tuple[Predict[Any], Any]:
-    """Compile the runs, with progress, and return what prices them and its constants."""
-    raise ConfigError("the planner is not here yet")
+def real_planner(runs: Sequence[Run]) -> Planned:
+    """Compile the runs, with progress, and return what prices them; imports the TPU compiler."""
+    from jaxscale.plan.predict import predict_step
+    from jaxscale.plan.shares import SHARES, Shares
+
+    programs, reasons = compile_runs(runs)
+
+    def predict(run: Run, shares: Shares) -> Prediction:
+        job, compiled = programs[run.id]
+        line = predict_step(job, compiled, shares=shares, is_causal=not run.full_square_attention)
+        # Copies to the host and back hide behind computation, as far as there is enough of it.
+        copied = 2 * run.extra_host_bytes + sum(
+            traffic.payload_bytes for traffic in line.traffic if traffic.kind == "host"
+        )
+        rate = run.chip.host_bytes_per_second / run.chip.devices_per_chip
+        needed = compiled.needed_bytes - run.offloaded_carry_bytes
+        return Prediction(
+            seconds=max(line.seconds, copied / rate),
+            fits=needed <= run.chip.hbm_bytes_per_device,
+            bytes=needed,
+            bound="host" if copied / rate > line.seconds else line.bound,
+        )
+
+    return Planned(predict, SHARES, reasons)
+
+
+def compile_runs(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Compile the runs; return (job, compiled) of each by id, and why the others have none.
+
+    Options that this compiler does not know are left out. Where the logits of all tokens have no
+    room, they are computed in parts, as few peers do.
+    """
+    from jaxscale.plan.compile import Job, compile_all
+    from jaxscale.plan.torus import parse_topology
+
+    programs: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    waiting: dict[Any, list[Run]] = {}
+    for run in runs:
+        slice_ = parse_topology(run.topology, run.num_slices)
+        waiting.setdefault(Job(run.config, slice_, run.options), []).append(run)
+    while waiting:
+        again: dict[Any, list[Run]] = {}
+        for job, compiled in compile_all(list(waiting)):
+            ids = [run.id for run in waiting[job]]
+            refused = refused_option(compiled.error)
+            if refused in dict(job.options):
+                options = tuple(pair for pair in job.options if pair[0] != refused)
+                again[dataclasses.replace(job, options=options)] = waiting[job]
+                outcome = f"the compiler knows no option {refused}; left out"
+            elif compiled.has_room:
+                programs.update(dict.fromkeys(ids, (job, compiled)))
+                outcome = f"compiled in {compiled.compile_seconds:.0f} s"
+            elif not compiled.error and not job.config.train.loss_chunk_tokens:
+                train = dataclasses.replace(job.config.train, loss_chunk_tokens=CHUNK_TOKENS)
+                config = dataclasses.replace(job.config, train=train)
+                again[dataclasses.replace(job, config=config)] = waiting[job]
+                outcome = "no room for all logits; in parts"
+            else:
+                outcome = compiled.error or f"no room for {compiled.needed_bytes / GIB:.1f} GiB"
+                reasons.update(dict.fromkeys(ids, outcome))
+            done = len(programs) + len(reasons)
+            print(f"{done}/{len(runs)}  {', '.join(ids)}: {outcome}", file=sys.stderr, flush=True)
+        waiting = again
+    return programs, reasons
 
 
 def backtest(
@@ -148,7 +223,9 @@ def backtest(
     """Predict what could be rebuilt, with the code's constants and with others' fitted ones."""
     runs = [run for run in rebuilt if isinstance(run, Run)]
     skipped = [row for row in rebuilt if isinstance(row, Skipped)]
-    predict, shares = planner(runs)
+    predict, shares, reasons = planner(runs)
+    skipped += [Skipped(id, reason) for id, reason in reasons.items()]
+    runs = [run for run in runs if run.id not in reasons]
     known = [run for run in runs if counts(run)]
     return Result(
         runs=runs,

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from jaxscale import records
-from jaxscale.plan.published import Run
+from jaxscale.plan import compile
+from jaxscale.plan.published import Run, to_run
+from jaxscale.plan.rows import read_rows
 from jaxscale.plan.score import Prediction
 from tests.conftest import ROOT
 
@@ -24,7 +26,7 @@ class Shares:
     compute: float = 1.0
 
 
-def planner_of(factor: float, fits: bool = True) -> Any:
+def planner_of(factor: float, fits: bool = True, reasons: dict[str, str] | None = None) -> Any:
     """Return a planner whose constant of 1.0 gives `factor` times the published seconds.
 
     Rows of completeness C it misses by far.
@@ -35,7 +37,7 @@ def planner_of(factor: float, fits: bool = True) -> Any:
         return Prediction(far * run.published_seconds / shares.compute, fits, 2**30, "ICI")
 
     def planner(runs: Sequence[Run]) -> Any:
-        return predict, Shares()
+        return SCRIPT["Planned"](predict, Shares(), reasons or {})
 
     return planner
 
@@ -100,6 +102,13 @@ def test_too_many_skipped_rows_miss_a_bound(
     assert "MISSED  16 of 21 rows predicted" in capsys.readouterr().out
 
 
+def test_what_does_not_compile_is_skipped_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    run(planner=planner_of(1.1, reasons={"v6e-mistral-7b-8": "no room for 40.0 GiB"}))
+    shown = capsys.readouterr().out
+    assert "v6e-mistral-7b-8                  skipped: no room for 40.0 GiB" in shown
+    assert "20 of 21 rows predicted" in shown
+
+
 def test_partial_rows_do_not_count(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +151,33 @@ def test_a_page_without_markers_is_refused(
     page.write_text("# Back-test\n")
     assert run(f"--table={page}") == 2
     assert "has no line <!-- table" in capsys.readouterr().err
+
+
+def test_options_and_logits_that_the_compiler_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unknown option is left out; logits without room come in parts; what fails is named."""
+    rows = {row.id: row for row in read_rows(FILE)}
+    names = ("v6e-llama3.1-8b-8", "v6e-mistral-7b-8", "v6e-gpt3-175b-256-bf16")
+    runs = [run for run in (to_run(rows[name]) for name in names) if isinstance(run, Run)]
+
+    def outcome(job: compile.Job) -> compile.Compiled:
+        error, text = "", "a program"
+        if "xla_sc_disjoint_spmem" in dict(job.options):
+            error, text = "INVALID: No such compile option: 'xla_sc_disjoint_spmem'", ""
+        elif job.config.model.tie_embeddings:
+            error, text = "it broke", ""
+        elif job.config.model.vocab_size > 100_000 and not job.config.train.loss_chunk_tokens:
+            text = ""
+        return compile.Compiled(text or None, 2**30, 0, 0, 0, 1.0, error)
+
+    monkeypatch.setattr(compile, "compile_all", lambda jobs: [(job, outcome(job)) for job in jobs])
+    programs, reasons = SCRIPT["compile_runs"](runs)
+    assert reasons == {"v6e-gpt3-175b-256-bf16": "it broke"}
+    chunks = {id: job.config.train.loss_chunk_tokens for id, (job, _) in programs.items()}
+    assert chunks == {"v6e-llama3.1-8b-8": 2048, "v6e-mistral-7b-8": 0}
+    assert all("xla_sc_disjoint_spmem" not in dict(job.options) for job, _ in programs.values())
+    assert "3/3" in capsys.readouterr().err
 
 
 def test_an_interrupt_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,10 +31,10 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "model.layers model.remat model.decoder model.loss model.cost",
     ),
     "F3 services": (
-        "data.workers data.python_stdlib data.documents data.storage data.files data.tfds_source "
-        "data.sources data.tokenizer data.bpe data.token_cache data.shards data.kept_shards "
-        "data.local_copy data.prepare data.mixture data.corpus data.loader data.ngram "
-        "data.profile data.profile_table",
+        "data.workers child data.python_stdlib data.documents data.storage data.files "
+        "data.tfds_source data.sources data.tokenizer data.bpe data.token_cache data.shards "
+        "data.kept_shards data.local_copy data.prepare data.mixture data.corpus data.loader "
+        "data.ngram data.profile data.profile_table",
         "workdir adafactor muon optimizer manifest checkpoint metrics goodput profiling console "
         "huggingface",
     ),
@@ -44,8 +44,11 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "train.dry_run train.smoke train.step_speed",
     ),
     "F5 around": (
-        "export plan.memory plan.roofline plan.compile plan.rank plan.words plan.rows "
-        "plan.published plan.score",
+        "export",
+        "plan.torus plan.shares plan.words plan.rows plan.published plan.score plan.space "
+        "plan.memory plan.roofline "
+        "plan.schedule plan.kernels plan.timeline plan.describe plan.child plan.compile "
+        "plan.predict plan.rank plan.table",
         "verify.compare verify.cases verify.run",
     ),
     "F6 products": (

@@ -174,13 +174,14 @@ def test_a_point_does_not_outlive_its_parent(tmp_path: pathlib.Path) -> None:
         import sys, time
         from jaxscale.config_source import load, to_mapping
         from jaxscale.resolve import resolve
-        from jaxscale.sweep import child
+        from jaxscale.child import start
+        from jaxscale.sweep.child import COMMAND
         overrides = [("model.num_layers", "1"), ("data.length", "16")]
         config = resolve(load({CONFIG.removeprefix("--config=")!r}, overrides))
         request = {{"task": "point", "config": to_mapping(config), "devices": "cpu:1"}}
         request |= {{"report": {str(report)!r}, "compile_only": False, "limit": 0}}
         request |= {{"steps": 10**9, "training": None}}
-        print(child._start(request, sys.stderr).pid, flush=True)
+        print(start(COMMAND, request, sys.stderr, {{}}).pid, flush=True)
         time.sleep(600)"""
     parent = subprocess.Popen(
         [sys.executable, "-c", code],

@@ -24,6 +24,7 @@ from jaxscale.model.contract import contract
 from jaxscale.model.layers import MLP, Attention, Norm, gathered, looked_up, matrix
 from jaxscale.model.remat import run_blocks
 from jaxscale.parallel.host_memory import to_device
+from jaxscale.parallel.mesh import AnyMesh
 from jaxscale.parallel.pipeline import pipelined, stage_order
 from jaxscale.parallel.sharding import Axis, Rules, check_divides, map_axes
 
@@ -93,9 +94,10 @@ class Decoder(nnx.Module):
         """
         model, rules = self.model, self.rules
         dtype = jnp.dtype(model.compute_dtype)
-        x_BLD = looked_up(self.embedding, tokens_BL, rules, dtype)
-        if self.positions is not None:
-            x_BLD = x_BLD + looked_up(self.positions, span.positions_BL, rules, dtype)
+        with jax.named_scope("embedding"):
+            x_BLD = looked_up(self.embedding, tokens_BL, rules, dtype)
+            if self.positions is not None:
+                x_BLD = x_BLD + looked_up(self.positions, span.positions_BL, rules, dtype)
         x_BLD = rules.place(x_BLD, "batch", "residual_length", "width")
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(model, rules, nnx.Rngs(0))))
 
@@ -214,7 +216,7 @@ def define(model: ModelConfig, rules: Rules) -> Definition:
     return Definition(model, rules, graphdef, shapes, nnx.to_pure_dict(axes))
 
 
-def check_mesh(model: ModelConfig, rules: Rules, mesh: Mesh) -> None:
+def check_mesh(model: ModelConfig, rules: Rules, mesh: AnyMesh) -> None:
     """Check that the mesh cuts the model's dimensions evenly.
 
     Raises:

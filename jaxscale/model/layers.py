@@ -147,6 +147,7 @@ class Attention(nnx.Module):
         self.query_norm = Norm(model, "head_dim", H) if model.qk_norm else None
         self.key_norm = Norm(model, "head_dim", H) if model.qk_norm else None
 
+    @jax.named_scope("attention")
     def __call__(
         self, x_BLD: jax.Array, span: Span, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
@@ -207,6 +208,7 @@ class MLP(nnx.Module):
         self.up_bias = vector(model, {"hidden": F}, value=0.0) if biased else None
         self.down_bias = vector(model, {"width": D}, value=0.0) if biased else None
 
+    @jax.named_scope("mlp")
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         """Return the MLP's output, (B, L, D), in x's dtype."""
         up_BLF = checkpoint_name(self._expand(x_BLD, self.up, self.up_bias), "up")

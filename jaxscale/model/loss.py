@@ -25,6 +25,7 @@ def token_losses(logits_BLV: jax.Array, targets_BL: jax.Array, rules: Rules) -> 
     return jnp.log(total_BL) + peak_BL1[:, :, 0] - jnp.sum(picked_BLV, axis=-1)
 
 
+@jax.named_scope("head")
 def loss_sum(
     decoder: Decoder,
     x_BLD: jax.Array,

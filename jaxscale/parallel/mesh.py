@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxscale.config import ConfigError, MeshConfig
 
@@ -25,6 +25,8 @@ SLOW_AXES = ("data", "stage")
 
 # Of every axis, in their order.
 Sizes = tuple[int, ...]
+# What knows the sizes of the axes, with devices or without.
+AnyMesh = Mesh | AbstractMesh
 
 
 def axis_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -80,17 +82,38 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
       ConfigError: the sizes do not multiply out to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    grid = device_grid(mesh, jax.devices() if devices is None else devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def abstract_mesh(mesh: MeshConfig, num_devices: int) -> AbstractMesh:
+    """Return the mesh over so many devices that nobody has yet: the sizes of its axes alone.
+
+    Raises:
+      ConfigError: the sizes do not multiply out to the number of devices.
+    """
+    sizes = axis_sizes(mesh, num_devices)
+    return AbstractMesh(tuple(sizes.values()), AXES, (AxisType.Explicit,) * len(AXES))
+
+
+def device_grid(mesh: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Return the devices in their places in the mesh, one dimension per axis.
+
+    Args:
+      mesh: the mesh section.
+      devices: live devices, those of a described topology, or records with the same attributes.
+
+    Raises:
+      ConfigError: the sizes do not multiply out to the number of devices.
+    """
     sizes = axis_sizes(mesh, len(devices))
     shape = tuple(sizes.values())
-    if mesh.num_slices > 1:
-        slow = next(axis for axis in SLOW_AXES if sizes[axis] % mesh.num_slices == 0)
-        outer = tuple(mesh.num_slices if axis == slow else 1 for axis in AXES)
-        inner = tuple(size // out for size, out in zip(shape, outer, strict=True))
-        grid = _hybrid_grid(inner, outer, devices)
-    else:
-        grid = _grid(shape, devices)
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    if mesh.num_slices == 1:
+        return _grid(shape, devices)
+    slow = next(axis for axis in SLOW_AXES if sizes[axis] % mesh.num_slices == 0)
+    outer = tuple(mesh.num_slices if axis == slow else 1 for axis in AXES)
+    inner = tuple(size // out for size, out in zip(shape, outer, strict=True))
+    return _hybrid_grid(inner, outer, devices)
 
 
 def _grid(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:

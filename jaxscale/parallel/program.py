@@ -13,9 +13,9 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxscale.parallel.hlo import Computation, Instruction, num_bytes, parse, shape_of, trip_count
+from jaxscale.parallel.mesh import AnyMesh
 
 COLLECTIVES = (
     "all-gather",
@@ -105,7 +105,7 @@ class _Cost:
             self.opaque[target] += times * number
 
 
-def read_program(compiled: Any, mesh: Mesh | None = None) -> Program:
+def read_program(compiled: Any, mesh: AnyMesh | None = None) -> Program:
     """Return what a `jax.stages.Compiled` costs each device.
 
     Args:
@@ -152,7 +152,7 @@ def program_bytes(compiled: Any) -> int | None:
 class _Reader:
     """Adds the costs of computations up from the entry, each read once."""
 
-    def __init__(self, text: str, mesh: Mesh | None) -> None:
+    def __init__(self, text: str, mesh: AnyMesh | None) -> None:
         self._computations, self._entry = parse(text)
         self._mesh = mesh
         self._of = functools.cache(self._cost_of)
@@ -173,15 +173,13 @@ class _Reader:
         for instruction in computation.values():
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                collective = self._collective(kind, instruction, computation)
+                collective = collective_of(instruction, computation, self._mesh)
                 if chain := re.search(r'chain_id="(\w+)"', instruction.attributes):
                     total.chains[chain[1]] = collective
                 else:
                     total.collectives[collective] += 1
-            elif instruction.opcode == "dot":
-                total.flops += _dot_flops(instruction, computation)
-            elif instruction.opcode == "convolution":
-                total.flops += _convolution_flops(instruction, computation)
+            elif instruction.opcode in ("dot", "convolution"):
+                total.flops += matmul_flops(instruction, computation)
             elif instruction.opcode == "custom-call":
                 target = instruction.attribute("custom_call_target").strip('"')
                 if not target.startswith(CHEAP_CALLS):
@@ -204,19 +202,34 @@ class _Reader:
                 for name in names:
                     total.add(self._of(name))
 
-    def _collective(self, kind: str, found: Instruction, computation: Computation) -> Collective:
-        groups = _device_groups(found)
-        payload = sum(num_bytes(computation[name].shape) for name in found.operands)
-        if kind == "all-gather":
-            payload *= len(groups[0])
-        source = re.search(r'op_name="([^"]*)"', found.attributes)
-        return Collective(
-            kind=kind,
-            axes=_axes_of(groups, self._mesh) if self._mesh is not None else (),
-            group_size=len(groups[0]),
-            payload_bytes=payload,
-            source=source[1] if source else "",
-        )
+
+def collective_of(found: Instruction, computation: Computation, mesh: AnyMesh | None) -> Collective:
+    """Return the collective that an instruction is, or begins.
+
+    Args:
+      found: one whose opcode is of COLLECTIVES, `-start` behind it or not.
+      computation: that it stands in.
+      mesh: names the axes; its devices in the order they were compiled for.
+    """
+    kind, groups = found.opcode.removesuffix("-start"), _device_groups(found)
+    payload = sum(num_bytes(computation[name].shape) for name in found.operands)
+    if kind == "all-gather":
+        payload *= len(groups[0])
+    source = re.search(r'op_name="([^"]*)"', found.attributes)
+    return Collective(
+        kind=kind,
+        axes=_axes_of(groups, mesh) if mesh is not None else (),
+        group_size=len(groups[0]),
+        payload_bytes=payload,
+        source=source[1] if source else "",
+    )
+
+
+def matmul_flops(found: Instruction, computation: Computation) -> float:
+    """Return the FLOPs of a `dot` or `convolution`; 0 of anything else."""
+    if found.opcode == "dot":
+        return _dot_flops(found, computation)
+    return _convolution_flops(found, computation) if found.opcode == "convolution" else 0.0
 
 
 def _dot_flops(dot: Instruction, computation: Computation) -> float:
@@ -304,7 +317,7 @@ def _groups_of_axes(text: str) -> list[list[int]]:
     return list(devices.transpose(others + chosen).reshape(-1, size).tolist())
 
 
-def _axes_of(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
+def _axes_of(groups: list[list[int]], mesh: AnyMesh) -> tuple[str, ...]:
     shape = tuple(mesh.shape.values())
     places = [np.array(np.unravel_index(group, shape)) for group in groups]
     varying = np.any([np.any(place != place[:, :1], axis=1) for place in places], axis=0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxscale.config import ConfigError, RulesConfig
-from jaxscale.parallel.mesh import AXES, STAGE_AXIS
+from jaxscale.parallel.mesh import AXES, STAGE_AXIS, AnyMesh
 
 Axis = str | None
 # The logical axes that a config may move.
@@ -306,7 +306,7 @@ def finer_shardings(rules: Rules, mesh: Mesh, *, one_slice: bool) -> Iterator[tu
         yield f"mesh.fsdp={replicas} instead of mesh.data={replicas}", moved
 
 
-def check_divides(rules: Rules, mesh: Mesh, sizes: Mapping[str, tuple[int, str]]) -> None:
+def check_divides(rules: Rules, mesh: AnyMesh, sizes: Mapping[str, tuple[int, str]]) -> None:
     """Check that each logical axis splits evenly on the mesh.
 
     Args:

@@ -1,1 +1,1 @@
-"""Predicts a training step before it runs, and is held against published runs."""
+"""The planner: which mesh, remat and batch suit a slice of TPUs, and how long a step would take."""

@@ -4,15 +4,10 @@
 is closed, however its parent died. What is known when a point dies stays in the report.
 """
 
-import contextlib
-import json
 import math
-import os
-import pathlib
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +15,7 @@ from typing import Any
 import jax
 
 from jaxscale import config_source, records, runtime
+from jaxscale.child import read_request
 from jaxscale.config import Config, ConfigError
 from jaxscale.parallel.program import read_program
 from jaxscale.sweep.rows import FAILED, NO_ROOM, NOT_APPLICABLE, OK, OUT_OF_MEMORY
@@ -77,7 +73,7 @@ def point(config: Config, request: dict[str, Any], report: Report) -> None:
         return
     _run(assembly, compiled[0], request["steps"], report)
     if request["training"]:
-        _train(config_source.from_saved(request["training"]), request["cache_dir"], report)
+        _train(config_source.from_saved(request["training"]), request["folder"], report)
     report(verdict=OK)
 
 
@@ -145,8 +141,7 @@ TASKS: dict[str, Callable[[Config, dict[str, Any], Report], None]] = {"look": lo
 
 def main() -> int:
     """Read the request, run its task, and write the report at each step of it."""
-    request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    request = read_request()
     known: dict[str, Any] = {}
 
     def report(**fields: Any) -> None:
@@ -166,15 +161,6 @@ def main() -> int:
     except Exception as error:
         report(verdict=FAILED, note=f"{type(error).__name__}: {error}".splitlines()[0])
     return 0
-
-
-def _end_with_parent() -> None:
-    # Where memory runs out, Linux is to end this process and not its parent.
-    with contextlib.suppress(OSError):
-        pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
-    # Not through the buffer, whose lock would be held when Python ends.
-    os.read(sys.stdin.fileno(), 1)
-    os._exit(1)
 
 
 if __name__ == "__main__":

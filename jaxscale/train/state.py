@@ -25,7 +25,7 @@ from jaxscale.parallel.host_memory import (
     to_device,
     to_host,
 )
-from jaxscale.parallel.mesh import STAGE_AXIS, make_mesh
+from jaxscale.parallel.mesh import STAGE_AXIS, AnyMesh, make_mesh
 from jaxscale.parallel.pipeline import check_pipeline, stage_order
 from jaxscale.parallel.sharding import Rules, check_divides, map_axes
 from jaxscale.train.loss_scale import LossScale, first_loss_scale
@@ -90,14 +90,29 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
       ConfigError: the mesh does not fit the devices, the model or the batch.
     """
     mesh = make_mesh(config.mesh, devices)
-    train = config.train
+    rules = check_fit(config, mesh)
+    _check_offload(config, mesh)
+    definition = define(config.model, rules)
+    optimizer = make_optimizer(config.optimizer, definition.axes)
+    return Assembly(config, mesh, definition, optimizer, make_schedule(config.optimizer))
+
+
+def check_fit(config: Config, mesh: AnyMesh) -> Rules:
+    """Check that a mesh cuts model and batch of a resolved config evenly; return its rules.
+
+    Needs the sizes of the axes alone, so that a planner can ask without devices.
+
+    Raises:
+      ConfigError: naming the knobs and the remedy.
+    """
+    model, train = config.model, config.train
     rules = Rules.make(
         config.rules,
         reduce_dtype=train.gradient_reduce_dtype,
         pipeline_rounds=train.pipeline_rounds,
     )
-    check_mesh(config.model, rules, mesh)
-    rows = config.train.global_batch_size // config.train.accumulation_steps
+    check_mesh(model, rules, mesh)
+    rows = train.global_batch_size // train.accumulation_steps
     check_divides(
         rules,
         mesh,
@@ -107,17 +122,10 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Assembly:
             "residual_length": (config.data.length, "data.length"),
         },
     )
-    check_pipeline(
-        config.model.num_layers,
-        mesh.shape[STAGE_AXIS],
-        train.accumulation_steps,
-        train.pipeline_rounds,
-    )
-    check_attention(config.model, rules, mesh, config.data.length)
-    _check_offload(config, mesh)
-    definition = define(config.model, rules)
-    optimizer = make_optimizer(config.optimizer, definition.axes)
-    return Assembly(config, mesh, definition, optimizer, make_schedule(config.optimizer))
+    stages = mesh.shape[STAGE_AXIS]
+    check_pipeline(model.num_layers, stages, train.accumulation_steps, train.pipeline_rounds)
+    check_attention(model, rules, mesh, config.data.length)
+    return rules
 
 
 def _check_offload(config: Config, mesh: Mesh) -> None:

@@ -7,6 +7,9 @@ The same function serves the real run, the dry run, the planner and the tests.
 
 import dataclasses
 import functools
+import re
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxscale import records
+from jaxscale.hardware import chip_for
 from jaxscale.model.attention.attend import in_token_order
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.decoder import Definition, Params
@@ -194,6 +198,7 @@ def train_step(assembly: Assembly, state: TrainState, batch: Batch) -> tuple[Tra
     return stored(assembly.config, state, to_host), metrics
 
 
+@jax.named_scope("optimizer")
 def updated(
     assembly: Assembly, state: TrainState, gradients: Params, learning_rate: jax.Array
 ) -> tuple[Params, Any]:
@@ -211,11 +216,15 @@ def updated(
     return params, optimizer
 
 
-def compile_step(assembly: Assembly) -> Any:
+def compile_step(assembly: Assembly, options: Mapping[str, str] | None = None) -> Any:
     """Compile the step `(state, batch) -> (state, metrics)`; the old state is donated.
 
     The result takes arrays of exactly the abstract state's and batch's shardings, so that nothing
     can compile a second time. Its `memory_analysis()` and `as_text()` tell what it needs.
+
+    Args:
+      assembly: the training program.
+      options: of the compiler, by name; None: those of hardware.py for the chip.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -225,4 +234,21 @@ def compile_step(assembly: Assembly) -> Any:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(assembly.mesh):
-        return jitted.lower(state, batch).compile()
+        lowered = jitted.lower(state, batch)
+    if options is None:
+        chip = chip_for(assembly.mesh.devices.flat[0].device_kind)
+        options = dict(chip.compiler_options) if chip else {}
+    return _compiled(lowered, dict(options))
+
+
+def _compiled(lowered: Any, options: dict[str, str]) -> Any:
+    """Compile with those options that the installed compiler knows; say which it does not."""
+    while True:
+        try:
+            return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            unknown = re.search(r"No such compile option: '([^']*)'", str(error))
+            if not unknown or unknown[1] not in options:
+                raise
+            warnings.warn(f"the compiler knows no option {unknown[1]}; left out", stacklevel=3)
+            del options[unknown[1]]

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jaxscale.config import ConfigError, ModelConfig
 from jaxscale.model.attention.all_to_all import by_heads
@@ -20,6 +19,7 @@ from jaxscale.model.attention.chunked import block_size, chunked_attention
 from jaxscale.model.attention.dense import Operands, Span, dense_attention
 from jaxscale.model.attention.flash import flash_attention
 from jaxscale.model.attention.ring import ring_attention, zigzag_order
+from jaxscale.parallel.mesh import AnyMesh
 from jaxscale.parallel.pipeline import on_each_device
 from jaxscale.parallel.sharding import Axis, Rules
 
@@ -63,7 +63,7 @@ def attend_to_cache(x: Operands, model: ModelConfig, rules: Rules) -> jax.Array:
     return _on_each_device(local, x, rules, keys=None)
 
 
-def check_attention(model: ModelConfig, rules: Rules, mesh: Mesh, length: int) -> None:
+def check_attention(model: ModelConfig, rules: Rules, mesh: AnyMesh, length: int) -> None:
     """Check that the way across the sequence axis fits heads and length.
 
     Raises:

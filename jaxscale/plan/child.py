@@ -1,0 +1,88 @@
+"""The process of one compile: a training step for a slice of TPUs that is only described.
+
+`python -m jaxscale.plan.child` takes the request as a line of JSON on stdin. A process each: the
+TPU compiler may die, and is to work on several programs side by side.
+"""
+
+import glob
+import gzip
+import os
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+from jaxscale import child, config_source, records, runtime
+from jaxscale.config import Config
+
+# The compiler says so where a program has no room in a device's memory.
+NO_ROOM = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def main() -> int:
+    """Compile what the request says and report bytes; the program's text goes to a file."""
+    request = child.read_request()
+    if request["dump"]:
+        # Read by the compiler when it starts.
+        flags = f"--xla_dump_to={request['folder']} --xla_dump_hlo_as_text"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    runtime.set_jax_flags()
+    config = config_source.from_saved(request["config"])
+    started = time.perf_counter()
+    try:
+        report = _compile(config, request)
+    except Exception as error:
+        report = _failure(str(error) or type(error).__name__)
+    report["compile_seconds"] = time.perf_counter() - started
+    records.write_json(request["report"], report)
+    return 0
+
+
+def _compile(config: Config, request: dict[str, Any]) -> dict[str, Any]:
+    from jaxscale.plan.describe import describe
+    from jaxscale.plan.torus import parse_topology
+    from jaxscale.train.state import assemble
+    from jaxscale.train.step import compile_step
+
+    slice_ = parse_topology(request["topology"], request["num_slices"])
+    assembly = assemble(config, describe(slice_))
+    compiled = compile_step(assembly, dict(request["options"]))
+    memory = compiled.memory_analysis()
+    with gzip.open(request["text"], "wt") as file:
+        file.write(_text(compiled, request["folder"]))
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "host_bytes": memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes
+        + memory.host_temp_size_in_bytes,
+    }
+
+
+def _text(compiled: Any, folder: str) -> str:
+    """Return the program's text; where JAX cannot read it back, as the compiler dumped it."""
+    try:
+        return str(compiled.as_text())
+    except Exception:
+        # jaxlib knows no collectives on sparse cores.
+        dumps = glob.glob(os.path.join(folder, "**", "*step*after_codegen.txt"), recursive=True)
+        if not dumps:
+            raise
+        return pathlib.Path(max(dumps, key=os.path.getsize)).read_text()
+
+
+def _failure(error: str) -> dict[str, Any]:
+    found = NO_ROOM.search(error)
+    if not found:
+        return {"error": error.splitlines()[0]}
+    needed, available = (int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
+    return {"needed_bytes": needed, "available_bytes": available}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

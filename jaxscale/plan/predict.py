@@ -1,0 +1,48 @@
+"""From a compiled step to its predicted time: schedule, placement and prices put together."""
+
+import functools
+
+from jaxscale.config import Config
+from jaxscale.parallel.mesh import abstract_mesh, device_grid
+from jaxscale.plan.compile import Compiled, Job
+from jaxscale.plan.kernels import Attention
+from jaxscale.plan.schedule import Event, read_schedule
+from jaxscale.plan.shares import SHARES, Shares
+from jaxscale.plan.timeline import Prices, Timeline, predict
+from jaxscale.plan.torus import Network, Slice, described_devices
+
+
+def predict_step(
+    job: Job, compiled: Compiled, *, shares: Shares = SHARES, is_causal: bool = True
+) -> Timeline:
+    """Return the predicted time line of a step that the compiler found room for.
+
+    Args:
+      job: what was compiled.
+      compiled: what came out.
+      shares: what of the chip's peaks is achieved.
+      is_causal: False where attention is to compute the masked half of its pairs too.
+
+    Raises:
+      ConfigError: the program calls a kernel whose time nobody knows.
+    """
+    assert compiled.text is not None
+    events = _events(compiled.text, job)
+    config = job.config
+    prices = Prices(
+        chip=job.slice.chip,
+        shares=shares,
+        network=_network(config, job.slice),
+        attention=Attention(config.data.length, config.model.attention_window, is_causal),
+    )
+    return predict(events, prices)
+
+
+@functools.lru_cache(maxsize=64)
+def _events(text: str, job: Job) -> tuple[Event, ...]:
+    return read_schedule(text, abstract_mesh(job.config.mesh, job.slice.num_devices))
+
+
+@functools.lru_cache(maxsize=64)
+def _network(config: Config, slice_: Slice) -> Network:
+    return Network(slice_, device_grid(config.mesh, described_devices(slice_)))

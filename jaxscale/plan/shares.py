@@ -1,0 +1,28 @@
+"""What is achieved of the published peaks: the planner's only fitted constants, for all chips.
+
+`scripts/backtest.py` fits them to published runs; docs/backtest.md tells how well that does.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Achieved shares of a chip's peaks, each between 0 and 1.
+
+    Attributes:
+      matmul: of the matrix units.
+      vector: of the vector units, in attention kernels.
+      hbm: of the bandwidth of the device's memory.
+      ici: of the links inside a slice.
+      dcn: of the network between slices.
+    """
+
+    matmul: float = 0.9
+    vector: float = 0.6
+    hbm: float = 0.8
+    ici: float = 0.8
+    dcn: float = 0.6
+
+
+SHARES = Shares()

@@ -1,0 +1,78 @@
+"""Configurations drawn at random, for comparing predictions with the TPU compiler."""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+
+from jaxscale import config_source
+from jaxscale.config import Config, ConfigError, MeshConfig
+from jaxscale.parallel.mesh import AXES, STAGE_AXIS, abstract_mesh, mesh_sizes
+from jaxscale.plan.torus import Slice, parse_topology
+from jaxscale.resolve import resolve
+from jaxscale.train.state import check_fit
+
+# Of each preset: slices, least parts of its parameters, lengths, most tokens of a device.
+SHAPES: dict[str, tuple[tuple[str, ...], int, tuple[int, ...], int]] = {
+    "tiny": (("v5e:1x1", "v5e:2x2", "v6e:2x4"), 1, (256, 1024), 32768),
+    "small": (("v6e:1x1", "v5e:2x4", "v5e:4x4"), 1, (512, 2048), 16384),
+    "125m": (("v5e:2x2", "v5p:2x2x2", "v6e:4x8"), 1, (1024, 2048), 8192),
+    "1b": (("v5e:4x4", "v5p:2x2x4", "v6e:8x8"), 4, (2048, 4096), 8192),
+    "8b": (("v6e:8x8", "v5p:4x4x4", "v6e:16x16"), 32, (4096, 8192), 16384),
+}
+OPTIMIZERS = ("adamw", "adamw", "adamw", "lion", "adafactor", "sgd")
+REMATS = ("full", "full", "names", "dots", "none")
+MOST_AXES, MOST_STAGES, MOST_SEQUENCE_PARTS = 2, 4, 4
+
+
+def generated(count: int, seed: int) -> Iterator[tuple[Config, Slice]]:
+    """Yield resolved configs that pass the project's checks, and slices for them."""
+    draw = random.Random(seed)
+    presets = list(SHAPES)
+    for number in range(count):
+        preset = presets[number % len(presets)]
+        found = None
+        while found is None:
+            found = _drawn(preset, draw)
+        yield found
+
+
+def _drawn(preset: str, draw: random.Random) -> tuple[Config, Slice] | None:
+    topologies, least_parts, lengths, most_tokens = SHAPES[preset]
+    slice_ = parse_topology(draw.choice(topologies))
+    meshes = list(mesh_sizes(slice_.num_devices)) or [(1,) * len(AXES)]
+    sizes = dict(zip(AXES, draw.choice(meshes), strict=True))
+    length = draw.choice(lengths)
+    rows = draw.choice((1, 2, 4, 8, 16))
+    in_stages = sizes[STAGE_AXIS] > 1
+    parts = draw.choice((1, 1, 1, 2, 4)) * (2 * sizes[STAGE_AXIS] if in_stages else 1)
+    remat, optimizer = draw.choice(REMATS), draw.choice(OPTIMIZERS)
+    _, replicas, fsdp, sequence, tensor = sizes.values()
+    tokens = rows * parts * length // sequence
+    if (
+        sum(size > 1 for size in sizes.values()) > MOST_AXES
+        or slice_.num_devices // replicas // sequence < least_parts
+        or sizes[STAGE_AXIS] > MOST_STAGES
+        or sequence > MOST_SEQUENCE_PARTS
+        or not most_tokens // 8 <= tokens <= most_tokens
+        or (remat in ("none", "dots") and 2 * tokens > most_tokens)
+    ):
+        return None
+    config = config_source.load(f"configs/lm.py:{preset}", [("model.compute_dtype", "bfloat16")])
+    config = dataclasses.replace(
+        config,
+        mesh=MeshConfig(**sizes),
+        model=dataclasses.replace(config.model, attention="flash", remat=remat),
+        data=dataclasses.replace(config.data, length=length),
+        train=dataclasses.replace(
+            config.train,
+            global_batch_size=rows * parts * replicas * fsdp,
+            accumulation_steps=parts,
+        ),
+        optimizer=dataclasses.replace(config.optimizer, name=optimizer),
+    )
+    try:
+        config = resolve(config)
+        check_fit(config, abstract_mesh(config.mesh, slice_.num_devices))
+    except ConfigError:
+        return None
+    return config, slice_
