@@ -45,7 +45,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "F5 around": (
         "export",
-        "plan.torus plan.shares plan.published plan.space plan.part plan.memory plan.roofline "
+        "plan.torus plan.shares plan.words plan.rows plan.published plan.score plan.space "
+        "plan.part plan.memory plan.roofline "
         "plan.schedule plan.kernels plan.timeline plan.describe plan.child plan.compile "
         "plan.predict plan.rank plan.table",
         "verify.compare verify.cases verify.run",

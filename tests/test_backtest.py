@@ -1,0 +1,188 @@
+"""The back-test's script, with a predictor of pretence: what it prints, writes and refuses."""
+
+import csv
+import dataclasses
+import pathlib
+import runpy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from jaxscale import records
+from jaxscale.plan import compile
+from jaxscale.plan.published import Run, to_run
+from jaxscale.plan.rows import read_rows
+from jaxscale.plan.score import Prediction
+from tests.conftest import ROOT
+
+FILE = ROOT / "docs" / "published_tpu_runs.csv"
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "backtest.py"), run_name="backtest")
+DOCS_PAGE = ROOT / "docs" / "backtest.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    compute: float = 1.0
+
+
+def planner_of(factor: float, fits: bool = True, reasons: dict[str, str] | None = None) -> Any:
+    """Return a planner whose constant of 1.0 gives `factor` times the published seconds.
+
+    Rows of completeness C it misses by far.
+    """
+
+    def predict(run: Run, shares: Shares) -> Prediction:
+        far = 10 if run.row.completeness == "C" else factor
+        return Prediction(far * run.published_seconds / shares.compute, fits, 2**30, "ICI")
+
+    def planner(runs: Sequence[Run]) -> Any:
+        return SCRIPT["Planned"](predict, Shares(), reasons or {})
+
+    return planner
+
+
+def run(*arguments: str, planner: Any = None, rows: pathlib.Path = FILE) -> int:
+    return SCRIPT["main"]([f"--rows={rows}", *arguments], planner or planner_of(1.1))
+
+
+def test_rows_are_shown_and_written(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = tmp_path / "rows.csv", tmp_path / "out.json"
+    rows.write_text(FILE.read_text().replace("v6e-mistral-7b-8,A", "mixtral-8x7b,A"))
+    assert run(f"--json={out}", "--fit", rows=rows) == 0
+    shown = capsys.readouterr().out
+    assert "mixtral-8x7b" in shown and "skipped: we lack mixture of experts" in shown
+    line = next(line for line in shown.splitlines() if line.startswith("v6e-llama3.1-8b-8 "))
+    assert line.split()[1:] == ["3.44", "s", "3.79", "s", "+10%", "ICI", "yes", "1.0", "GiB"]
+    assert "fits best: Shares(compute=1.0)" in shown
+    result = records.read_json(out)
+    assert result["kind"] == "backtest"
+    assert len(result["rows"]) == 20
+    first = result["rows"][0]
+    assert first["id"] == "v6e-llama3.1-8b-8"
+    assert first["predicted_seconds"] == pytest.approx(1.1 * first["published_seconds"])
+    assert (first["fits"], first["bytes"], first["bound"]) == (True, 2**30, "ICI")
+    assert [row["id"] for row in result["skipped"]] == ["mixtral-8x7b"]
+
+
+def test_baseline_is_as_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its median error on the rows' own chips is known to be about 5%."""
+    run()
+    lines = capsys.readouterr().out.splitlines()
+    own = next(line for line in lines if line.startswith("one MFU per chip"))
+    assert 0.03 < float(own.split()[-2].rstrip("%")) / 100 < 0.08
+
+
+@pytest.mark.parametrize(
+    ("planner", "missed"),
+    [
+        (planner_of(1.05), None),
+        (planner_of(1.2), "median absolute error 20.0%"),
+        (planner_of(1.4), "0% of rows within 30%"),
+        (planner_of(1.05, fits=False), "all fit: not v6e-llama3.1-8b-8,"),
+    ],
+)
+def test_check_fails_where_a_bound_is_missed(
+    planner: Any, missed: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--check", planner=planner) == (1 if missed else 0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MISSED")]
+    assert bool(lines) == bool(missed)
+    assert missed is None or any(missed in line for line in lines)
+
+
+def test_too_many_skipped_rows_miss_a_bound(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(FILE.read_text().replace(",v5e,", ",H100,"))
+    assert run("--check", rows=rows) == 1
+    assert "MISSED  16 of 21 rows predicted" in capsys.readouterr().out
+
+
+def test_what_does_not_compile_is_skipped_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    run(planner=planner_of(1.1, reasons={"v6e-mistral-7b-8": "no room for 40.0 GiB"}))
+    shown = capsys.readouterr().out
+    assert "v6e-mistral-7b-8                  skipped: no room for 40.0 GiB" in shown
+    assert "20 of 21 rows predicted" in shown
+
+
+def test_partial_rows_do_not_count(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FILE.open() as file:
+        cells = list(csv.DictReader(file))
+    cells[0].update(completeness="C")
+    rows = tmp_path / "rows.csv"
+    with rows.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(cells[0]))
+        writer.writeheader()
+        writer.writerows(cells)
+    run(rows=rows, planner=planner_of(1.25))
+    one = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("planner  "))
+    assert one.split()[1:] == ["25.0%", "100%"]
+
+
+def test_only_some_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--only=v6e-mistral-7b-8")
+    shown = capsys.readouterr().out
+    assert "v6e-mistral-7b-8" in shown and "v6e-llama3.1-8b-8" not in shown
+    assert run("--only=no-such-row") == 2
+    assert "has no row no-such-row" in capsys.readouterr().err
+
+
+def test_table_and_plot(tmp_path: pathlib.Path) -> None:
+    page, plot = tmp_path / "page.md", tmp_path / "plots" / "backtest.png"
+    page.write_text(DOCS_PAGE.read_text())
+    for _ in range(2):
+        assert run(f"--table={page}", f"--plot={plot}") == 0
+    text = page.read_text()
+    assert text.count("| v6e-llama3.1-8b-8 | 3.44 s | 3.79 s | +10% | ICI | yes | 1.0 |") == 1
+    assert text.split("<!-- table")[0] == DOCS_PAGE.read_text().split("<!-- table")[0]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_without_markers_is_refused(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Back-test\n")
+    assert run(f"--table={page}") == 2
+    assert "has no line <!-- table" in capsys.readouterr().err
+
+
+def test_options_and_logits_that_the_compiler_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unknown option is left out; logits without room come in parts; what fails is named."""
+    rows = {row.id: row for row in read_rows(FILE)}
+    names = ("v6e-llama3.1-8b-8", "v6e-mistral-7b-8", "v6e-gpt3-175b-256-bf16")
+    runs = [run for run in (to_run(rows[name]) for name in names) if isinstance(run, Run)]
+
+    def outcome(job: compile.Job) -> compile.Compiled:
+        error, text = "", "a program"
+        if "xla_sc_disjoint_spmem" in dict(job.options):
+            error, text = "INVALID: No such compile option: 'xla_sc_disjoint_spmem'", ""
+        elif job.config.model.tie_embeddings:
+            error, text = "it broke", ""
+        elif job.config.model.vocab_size > 100_000 and not job.config.train.loss_chunk_tokens:
+            text = ""
+        return compile.Compiled(text or None, 2**30, 0, 0, 0, 1.0, error)
+
+    monkeypatch.setattr(compile, "compile_all", lambda jobs: [(job, outcome(job)) for job in jobs])
+    programs, reasons = SCRIPT["compile_runs"](runs)
+    assert reasons == {"v6e-gpt3-175b-256-bf16": "it broke"}
+    chunks = {id: job.config.train.loss_chunk_tokens for id, (job, _) in programs.items()}
+    assert chunks == {"v6e-llama3.1-8b-8": 2048, "v6e-mistral-7b-8": 0}
+    assert all("xla_sc_disjoint_spmem" not in dict(job.options) for job, _ in programs.values())
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    def planner(runs: Sequence[Run]) -> Any:
+        raise KeyboardInterrupt
+
+    assert run(planner=planner) == 130
+    assert "what is compiled is kept" in capsys.readouterr().out
