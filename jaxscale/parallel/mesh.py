@@ -136,6 +136,28 @@ def _hybrid_grid(
     return grid.reshape(tuple(i * o for i, o in zip(inner, outer, strict=True)))
 
 
+def parse_mesh(text: str, num_devices: int) -> Sizes:
+    """Read `--meshes`: a mesh such as "fsdp=2,tensor=4".
+
+    Raises:
+      ConfigError: it is no such thing, or has more devices than there are.
+    """
+    sizes, named = dict.fromkeys(AXES, 1), set()
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or not size.isdecimal() or int(size) == 0:
+            raise ConfigError(
+                f"--meshes={text}: {part} is not AXIS=SIZE with an axis of {', '.join(AXES)}"
+            )
+        if axis in named:
+            raise ConfigError(f"--meshes={text} names {axis} twice; give --meshes once per mesh")
+        named.add(axis)
+        sizes[axis] = int(size)
+    if math.prod(sizes.values()) > num_devices:
+        raise ConfigError(f"--meshes={text} has more devices than the {num_devices} there are")
+    return tuple(sizes.values())
+
+
 def mesh_sizes(num_devices: int, *, fewer: bool = False) -> Iterator[Sizes]:
     """Yield the sizes of the mesh axes, few axes first, the most even ones of each set of axes.
 

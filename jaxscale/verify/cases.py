@@ -15,7 +15,14 @@ import jax
 
 from jaxscale.config import Config, ConfigError, MeshConfig, is_free
 from jaxscale.config_source import Settings, settings_name, with_settings
-from jaxscale.parallel.mesh import AXES, ONE_DEVICE, Sizes, axis_sizes, mesh_sizes
+from jaxscale.parallel.mesh import (
+    AXES,
+    ONE_DEVICE,
+    Sizes,
+    axis_sizes,
+    mesh_sizes,
+    parse_mesh,
+)
 from jaxscale.resolve import resolve
 from jaxscale.train.state import Assembly, assemble
 from jaxscale.verify.compare import SGD
@@ -150,7 +157,7 @@ def make_plan(config: Config, options: Options) -> Plan:
     if jax.process_count() > 1:
         raise ConfigError("verify works in a single process; unset WORLD_SIZE, or set it to 1")
     config = checkable(config, options, len(devices))
-    asked = list(dict.fromkeys(_parse_mesh(text, len(devices)) for text in options.meshes))
+    asked = list(dict.fromkeys(parse_mesh(text, len(devices)) for text in options.meshes))
     every = mesh_sizes(len(devices), fewer=options.fewer_devices)
     tried = asked or list(dict.fromkeys([*_own_mesh(config, len(devices)), *every]))
     fitting, refused = _assemble_all(config, tried)
@@ -225,28 +232,6 @@ def _own_mesh(config: Config, num_devices: int) -> Iterator[Sizes]:
     """Yield the config's own mesh, which comes first, if it uses all devices."""
     with contextlib.suppress(ConfigError):
         yield tuple(axis_sizes(config.mesh, num_devices).values())
-
-
-def _parse_mesh(text: str, num_devices: int) -> Sizes:
-    """Read a mesh such as "fsdp=2,tensor=4".
-
-    Raises:
-      ConfigError: it is no such thing, or has more devices than there are.
-    """
-    sizes, named = dict.fromkeys(AXES, 1), set()
-    for part in text.split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in AXES or not size.isdecimal() or int(size) == 0:
-            raise ConfigError(
-                f"--meshes={text}: {part} is not AXIS=SIZE with an axis of {', '.join(AXES)}"
-            )
-        if axis in named:
-            raise ConfigError(f"--meshes={text} names {axis} twice; give --meshes once per mesh")
-        named.add(axis)
-        sizes[axis] = int(size)
-    if math.prod(sizes.values()) > num_devices:
-        raise ConfigError(f"--meshes={text} has more devices than the {num_devices} there are")
-    return tuple(sizes.values())
 
 
 def _assemble_all(

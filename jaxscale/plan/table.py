@@ -1,0 +1,178 @@
+"""A plan in words: the table, why its winner wins, how it scales, and how to train it."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from jaxscale.config import Config
+from jaxscale.config_source import flatten
+from jaxscale.console import format_bytes
+from jaxscale.plan.boundary import Boundary
+from jaxscale.plan.curve import LEAST_EFFICIENCY, CurvePoint
+from jaxscale.plan.describe import INSTALL, libtpu_version
+from jaxscale.plan.rank import CLOSED_FORM, Row, Shortlist
+from jaxscale.plan.timeline import Timeline
+from jaxscale.plan.torus import Slice
+
+COLUMNS = (
+    *("mesh", "remat", "batch", "length", "HBM", "fits", "step", "tokens/s/chip", "MFU"),
+    *("bound by", "compile", "how"),
+)
+NUMBERS = ("batch", "length", "HBM", "step", "tokens/s/chip", "MFU", "compile")
+# Knobs that a candidate may change, in the order of the command.
+CHOSEN = ("mesh", "model.remat", "model.remat_names", "train.global", "train.accum", "data.length")
+# Traffic that is waited for less than this share of the step is not worth a line.
+LEAST_SHARE = 0.005
+
+
+def header(config: Config, slice_: Slice, short: Shortlist) -> list[str]:
+    """Say what was looked at."""
+    chip, version = slice_.chip, libtpu_version()
+    slices = f"{slice_.num_slices} x " if slice_.num_slices > 1 else ""
+    how = f"compiled by libtpu {version}" if version else f"closed form alone; {INSTALL} compiles"
+    return [
+        f"{slices}{slice_.name}: {slice_.num_chips} chips, "
+        f"{format_bytes(chip.hbm_bytes_per_device)} per device; {how}; not run on a TPU",
+        f"{short.num_candidates:,} candidates for batch {config.train.global_batch_size} x "
+        f"{config.data.length} tokens, {short.num_fitting:,} fit by the closed form",
+    ]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Lay rows out for a terminal, the best first."""
+    found = Table(box=SIMPLE_HEAD)
+    for name in COLUMNS:
+        found.add_column(name, justify="right" if name in NUMBERS else "left")
+    for row in rows:
+        found.add_row(*map(Text, _cells(row)))
+    return found
+
+
+def _cells(row: Row) -> Iterator[str]:
+    config = row.candidate.config
+    parts = config.train.accumulation_steps
+    yield row.candidate.mesh_words
+    yield row.candidate.remat_words.replace(",", " ")
+    yield f"{config.train.global_batch_size}" + (f" in {parts}" if parts > 1 else "")
+    yield f"{config.data.length}"
+    share = row.needed_bytes / row.available_bytes
+    yield f"{format_bytes(row.needed_bytes)} ({share:.0%})"
+    yield "yes" if row.fits else "NO"
+    known = row.fits and row.seconds == row.seconds
+    yield f"{row.seconds:.4g} s" if known else "-"
+    yield f"{row.tokens_per_second_per_chip:,.0f}" if known else "-"
+    yield f"{row.mfu:.1%}" if known else "-"
+    yield row.error or row.bound
+    yield f"{row.compile_seconds:.0f} s" if row.stage != CLOSED_FORM else "-"
+    yield row.stage
+
+
+def why(rows: Sequence[Row]) -> Iterator[str]:
+    """Say why the first row is before the second."""
+    first, *others = rows
+    if first.timeline is None:
+        return
+    spent = _spent(first.timeline)
+    yield f"winner: {first.candidate.mesh_words}, {first.candidate.remat_words}: {spent}"
+    second = next((row for row in others if row.timeline and row.fits), None)
+    if second is None or second.timeline is None:
+        return
+    # Of what a token costs, for batches may differ.
+    ratio = second.tokens_per_second_per_chip / first.tokens_per_second_per_chip
+    differences = {
+        name: second.timeline.by_resource[name] * ratio * first.seconds / second.seconds - seconds
+        for name, seconds in first.timeline.by_resource.items()
+    }
+    name = max(differences, key=lambda name: differences[name])
+    yield (
+        f"runner-up: {second.candidate.mesh_words}, {second.candidate.remat_words}: "
+        f"{_spent(second.timeline)}; a token takes {1 / ratio:.3g} times as long, most of it "
+        f"for {name}"
+    )
+
+
+def _spent(timeline: Timeline) -> str:
+    parts = sorted(timeline.by_resource.items(), key=lambda item: -item[1])
+    return ", ".join(
+        f"{seconds / timeline.seconds:.0%} {name}"
+        for name, seconds in parts
+        if seconds > LEAST_SHARE * timeline.seconds
+    )
+
+
+def explain(timeline: Timeline) -> list[Table]:
+    """Break a step down: by part of the model and pass, and by what is sent."""
+    passes = list(dict.fromkeys(name for _, name in timeline.by_part))
+    parts = Table("seconds of computation", *passes, "all", box=SIMPLE_HEAD)
+    for part in dict.fromkeys(name for name, _ in timeline.by_part):
+        cells = [timeline.by_part.get((part, name), 0.0) for name in passes]
+        parts.add_row(part, *(f"{seconds:.4f}" for seconds in [*cells, sum(cells)]))
+    sent = Table("sent", "over", "times", "bytes", "links busy", "waited for", box=SIMPLE_HEAD)
+    for row in timeline.traffic:
+        sent.add_row(
+            row.kind,
+            ",".join(row.axes) or "-",
+            f"{row.number:,}",
+            format_bytes(row.payload_bytes),
+            f"{row.busy_seconds:.4f} s",
+            f"{row.waited_seconds:.4f} s",
+        )
+    return [parts, sent]
+
+
+def curve_lines(points: Sequence[CurvePoint]) -> Iterator[str]:
+    """Say how the winner scales, by the closed form, and where to stop."""
+    yield "scaling, the same batch on every chip, by the closed form:"
+    for point in points:
+        row = point.row
+        yield (
+            f"  {point.topology:>12}  {point.num_chips:>5} chips  {row.seconds:8.4g} s  "
+            f"{row.tokens_per_second_per_chip * point.num_chips:>13,.0f} tokens/s  "
+            f"{point.efficiency:4.0%}  {row.candidate.mesh_words}"
+        )
+    worth = [point for point in points if point.is_worth_it]
+    if len(worth) == len(points):
+        yield f"  each chip does at least {LEAST_EFFICIENCY:.0%} of what it does in the smallest"
+    else:
+        last = worth[-1].topology
+        yield f"  stop at {last}: beyond, a chip does less than {LEAST_EFFICIENCY:.0%}"
+
+
+def boundary_lines(boundaries: Sequence[Boundary], of_length: bool) -> Iterator[str]:
+    """Say where memory ends for each kind of remat."""
+    unit = "tokens per sequence" if of_length else "sequences per step"
+    yield f"the most that fits, {unit}:"
+    for found in boundaries:
+        name = found.remat.kind + (":" + ",".join(found.remat.names) if found.remat.names else "")
+        above = f", {found.next_size:,} does not" if found.next_size else ""
+        mesh = f" with {found.row.candidate.mesh_words} ({found.row.stage})" if found.row else ""
+        yield f"  {found.size:>9,}{above}{mesh}: {name}"
+
+
+def price_line(row: Row, dollars_per_chip_hour: float) -> str:
+    """Say what tokens cost."""
+    per_million = dollars_per_chip_hour / 3600 / row.tokens_per_second_per_chip * 1e6
+    return (
+        f"at {dollars_per_chip_hour:g} dollars a chip and hour: {per_million:.4g} dollars for a "
+        f"million tokens, {1e6 / per_million:,.0f} tokens for a dollar"
+    )
+
+
+def command(source: str, given: Config, row: Row) -> str:
+    """Return the command that trains a row.
+
+    Args:
+      source: the config file and its argument.
+      given: the resolved config, before the planner changed it.
+      row: the choice.
+    """
+    before, after = flatten(given), flatten(row.candidate.config)
+    knobs = []
+    for key, value in after.items():
+        if value != before[key] and key.startswith(CHOSEN):
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            knobs.append(shlex.quote(f"--config.{key}={text}"))
+    return " ".join(["jaxscale train", f"--config={source}", *knobs, "--workdir=DIR"])
