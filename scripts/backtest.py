@@ -384,9 +384,8 @@ def draw(result: Result, path: pathlib.Path) -> None:
             (result.baseline_left_out[y], "x", colour),
         ):
             miss = 100 * score.error(seconds, run.published_seconds)
-            shape = {"marker": marker, "color": colour}
-            filled = {"facecolors": face} if marker == "o" else {}
-            axes.scatter([miss], [y], zorder=2, **shape, **filled)
+            mark = {"marker": marker, "markerfacecolor": face, "markeredgecolor": colour}
+            axes.plot([miss], [y], linestyle="none", **mark)
     axes.set_yticks(range(len(result.runs)), [run.id for run in result.runs], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxscale import records
-from jaxscale.plan import compile
+from jaxscale.plan import compile, predict, timeline
 from jaxscale.plan.published import Run, to_run
 from jaxscale.plan.rows import read_rows
 from jaxscale.plan.score import Prediction
@@ -178,6 +178,37 @@ def test_options_and_logits_that_the_compiler_refuses(
     assert chunks == {"v6e-llama3.1-8b-8": 2048, "v6e-mistral-7b-8": 0}
     assert all("xla_sc_disjoint_spmem" not in dict(job.options) for job, _ in programs.values())
     assert "3/3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("id", ["tpu7x-llama3.1-405b-256-bf16", "v5e-maxtext-16b-1x256"])
+def test_what_the_published_program_offloads_is_taken_off(
+    id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off the memory; and a step is no shorter than its copies to the host and back."""
+    row = next(row for row in read_rows(FILE) if row.id == id)
+    run = to_run(row)
+    assert isinstance(run, Run)
+    room = run.chip.hbm_bytes_per_device
+    seen = []
+
+    def step(job: Any, compiled: Any, *, shares: Any, is_causal: bool) -> timeline.Timeline:
+        seen.append(is_causal)
+        return timeline.Timeline(1.0, {"ICI": 1.0, "host": 0.0}, {}, (), 0.0)
+
+    def predicted(needed_bytes: int) -> Prediction:
+        outcome = compile.Compiled("a program", needed_bytes, 0, 0, 0, 1.0)
+        monkeypatch.setattr(compile, "compile_all", lambda jobs: [(job, outcome) for job in jobs])
+        plan = SCRIPT["real_planner"]([run])
+        return plan.predict(run, plan.shares)
+
+    monkeypatch.setattr(predict, "predict_step", step)
+    copies = 2 * run.extra_host_bytes / (run.chip.host_bytes_per_second / 2)
+    at_most = predicted(room + run.offloaded_carry_bytes)
+    assert (at_most.fits, at_most.bytes) == (True, room)
+    assert at_most.seconds == pytest.approx(max(1.0, copies))
+    assert at_most.bound == ("host" if copies else "ICI")
+    assert not predicted(room + run.offloaded_carry_bytes + 1).fits
+    assert set(seen) == {id.startswith("tpu7x")}
 
 
 def test_an_interrupt_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
