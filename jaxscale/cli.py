@@ -170,6 +170,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_verify_options(
         verb("verify", study.verify, "prove that every mesh computes the same numbers")
     )
+    _add_plan_options(
+        verb("plan", study.plan, "rank meshes, remat and batches for a slice of TPUs, unseen")
+    )
     _add_sweep_options(
         verb("sweep", study.sweep, "measure a curve, each point in a process of its own")
     )
@@ -208,6 +211,33 @@ def _add_verify_options(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("--fewer-devices", action="store_true", help="also meshes of fewer devices")
     verify.add_argument("--limit", type=_at_least(1), default=40, help="the most meshes")
     verify.add_argument("--only", choices=("meshes", "variants"), default="", help="one of the two")
+
+
+def _add_plan_options(plan: argparse.ArgumentParser) -> None:
+    option = plan.add_argument
+    option("--topology", required=True, metavar="CHIP:SHAPE", help="such as v6e:16x16")
+    option("--num-slices", type=_at_least(1), default=1, help="joined by the slow network")
+    option("--batch", default="", metavar="auto|N", help="sequences per step; auto = what fits")
+    option("--length", default="", metavar="auto|N", help="tokens; auto = the most that fit")
+    option(
+        "--remat",
+        action="append",
+        default=[],
+        metavar="auto|KIND",
+        help="none, full, dots, names or names:A,B; may be repeated; auto = all of them",
+    )
+    option(
+        "--meshes",
+        action="append",
+        default=[],
+        metavar="auto|AXIS=N,...",
+        help="choose among these, may be repeated; auto = all that fit",
+    )
+    option("--top", type=_at_least(1), default=6, help="candidates that are compiled")
+    option("--processes", type=_at_least(0), default=0, help="that compile; 0 = one per core")
+    option("--closed-form", action="store_true", help="compile nothing")
+    option("--explain", action="store_true", help="break the winner's step down")
+    option("--price", type=float, default=0.0, metavar="DOLLARS", help="of a chip for an hour")
 
 
 def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:

@@ -35,6 +35,7 @@ DTYPES = ("float32", "bfloat16")
 MAX_SEED = 2**32 - 1
 # What a block computes, by the names that `model.remat_names` may list.
 REMAT_NAMES = (
+    "block_input",
     "query",
     "key",
     "value",

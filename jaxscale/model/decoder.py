@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.config import ModelConfig
@@ -46,6 +47,8 @@ class Block(nnx.Module):
         self, x_BLD: jax.Array, span: Span, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         """Return the residual stream after this block, and the layer's cache."""
+        # Kept whatever remat says; by this name it can lie in host memory.
+        x_BLD = checkpoint_name(x_BLD, "block_input")
         h_BLD = self._enter(self.attention_norm(x_BLD))
         attended_BLD, cache = self.attention(h_BLD, span, cache)
         if self.mlp_norm is None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
 from jaxscale.config import Config
 from jaxscale.config_source import flatten
@@ -18,10 +17,10 @@ from jaxscale.plan.timeline import Timeline
 from jaxscale.plan.torus import Slice
 
 COLUMNS = (
-    *("mesh", "remat", "batch", "length", "HBM", "fits", "step", "tokens/s/chip", "MFU"),
-    *("bound by", "compile", "how"),
+    *("step", "tokens/s/chip", "MFU", "HBM", "fits", "bound by", "compile", "known by"),
+    *("batch x length", "mesh, remat"),
 )
-NUMBERS = ("batch", "length", "HBM", "step", "tokens/s/chip", "MFU", "compile")
+NUMBERS = ("step", "tokens/s/chip", "MFU", "HBM", "compile")
 # Knobs that a candidate may change, in the order of the command.
 CHOSEN = ("mesh", "model.remat", "model.remat_names", "train.global", "train.accum", "data.length")
 # Traffic that is waited for less than this share of the step is not worth a line.
@@ -41,33 +40,35 @@ def header(config: Config, slice_: Slice, short: Shortlist) -> list[str]:
     ]
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Lay rows out for a terminal, the best first."""
-    found = Table(box=SIMPLE_HEAD)
-    for name in COLUMNS:
-        found.add_column(name, justify="right" if name in NUMBERS else "left")
-    for row in rows:
-        found.add_row(*map(Text, _cells(row)))
-    return found
+def table(rows: Sequence[Row]) -> list[str]:
+    """Return rows as aligned lines, the best first; what is longest stands last."""
+    lines = [list(COLUMNS), *(list(_cells(row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if name in NUMBERS else cell.ljust(width)
+            for cell, width, name in zip(cells, widths, COLUMNS, strict=True)
+        ).rstrip()
+        for cells in lines
+    ]
 
 
 def _cells(row: Row) -> Iterator[str]:
     config = row.candidate.config
-    parts = config.train.accumulation_steps
-    yield row.candidate.mesh_words
-    yield row.candidate.remat_words.replace(",", " ")
-    yield f"{config.train.global_batch_size}" + (f" in {parts}" if parts > 1 else "")
-    yield f"{config.data.length}"
-    share = row.needed_bytes / row.available_bytes
-    yield f"{format_bytes(row.needed_bytes)} ({share:.0%})"
-    yield "yes" if row.fits else "NO"
     known = row.fits and row.seconds == row.seconds
     yield f"{row.seconds:.4g} s" if known else "-"
     yield f"{row.tokens_per_second_per_chip:,.0f}" if known else "-"
     yield f"{row.mfu:.1%}" if known else "-"
+    share = row.needed_bytes / row.available_bytes
+    yield f"{format_bytes(row.needed_bytes)} {share:.0%}"
+    yield "yes" if row.fits else "NO"
     yield row.error or row.bound
     yield f"{row.compile_seconds:.0f} s" if row.stage != CLOSED_FORM else "-"
     yield row.stage
+    parts = config.train.accumulation_steps
+    sequences = f"{config.train.global_batch_size}" + (f" in {parts}" if parts > 1 else "")
+    yield f"{sequences} x {config.data.length}"
+    yield f"{row.candidate.mesh_words}, {row.candidate.remat_words}"
 
 
 def why(rows: Sequence[Row]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The verbs that look at a machine or a config: doctor, verify, sweep.
+"""The verbs that look at a machine or a config: doctor, verify, plan, sweep.
 
 Each takes the parsed arguments and returns the exit code. Heavy imports wait for their verb.
 """
@@ -61,6 +61,46 @@ def verify(args: argparse.Namespace) -> int:
         show_notes([f"interrupted after {len(rows)} of {len(plan.cases)} rows"])
         return INTERRUPTED
     return FAILED if any(row.verdict == MISMATCH for row in rows) else DONE
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Rank meshes, remat and batches for a slice of TPUs, and say why."""
+    config = resolve(needed_config(args))
+    from rich.console import Console
+
+    from jaxscale.plan import table
+    from jaxscale.plan.run import Plan, Request, to_rows
+    from jaxscale.train.preemption import StopRequest
+
+    names = [field.name for field in dataclasses.fields(Request)]
+    given = {name: getattr(args, name) for name in names}
+    lists = {name: tuple(given[name]) for name in ("remat", "meshes")}
+    found = Plan(config, Request(**{**given, **lists}))
+    console = Console()
+
+    def progress(line: str) -> None:
+        print(f"jaxscale: {line}", file=sys.stderr, flush=True)
+
+    with StopRequest(in_group=False) as stop:
+        if found.is_search:
+            edges = found.find_boundaries(progress, stop=stop.asked)
+            print("\n".join(table.boundary_lines(edges, found.of_length)))
+        else:
+            print("\n".join(table.header(found.config, found.options.slice, found.shortlist())))
+        if found.is_compiled:
+            found.compile(progress, stop=stop.asked)
+    print("\n".join(table.table(found.rows)))
+    print("\n".join(table.why(found.rows)))
+    winner = found.rows[0]
+    curve = found.curve() if winner.fits else []
+    print("\n".join(table.curve_lines(curve)))
+    if args.price:
+        print(table.price_line(winner, args.price))
+    for part in table.explain(winner.timeline) if args.explain and winner.timeline else []:
+        console.print(part)
+    print(table.command(args.config, config, winner))
+    write_result(args, found.config, to_rows(found, curve))
+    return DONE if winner.fits else FAILED
 
 
 def sweep(args: argparse.Namespace) -> int:
