@@ -85,6 +85,10 @@ class Phases:
         # Of gradients over microbatches that are worked off one by one.
         is_summed = p.parts > 1 and p.stages == 1
         self.sums = (p.state.blocks + p.state.others) * FLOAT32 if is_summed else 0
+        # The head's gradient is the last thing that the compiler computes, and its logits wait: not
+        # where it is added to a sum as it is.
+        waits = not is_summed or p.is_gathered
+        self.waiting = p.chunk * p.vocab * FLOAT32 if waits else 0
 
     def forward(self) -> Bytes:
         """Return the bytes in a pipeline's forward pass, whose ticks have the weights in common.
@@ -113,31 +117,27 @@ class Phases:
         )
 
     def backward(self) -> Bytes:
-        """Return the bytes in the first blocks' backward pass.
-
-        The head's gradient is the last thing that the compiler computes, and its logits wait; not
-        in one of several microbatches.
-        """
+        """Return the bytes in the first blocks' backward pass."""
         p = self.part
-        waiting = 0 if self.sums else p.chunk * p.vocab * FLOAT32
         # A pipeline adds the gradients of its ticks up.
         gradients = p.state.blocks * FLOAT32 * (2 if p.stages > 1 else 1)
         return self._bytes(
             activations=p.kept_bytes,
             gradients=gradients + self.sums,
-            logits=p.table * (FLOAT32 + p.itemsize) if p.is_chunked else waiting,
+            logits=p.table * (FLOAT32 + p.itemsize) if p.is_chunked else self.waiting,
             workspace=self.copies + self._block(),
         )
 
     def end(self) -> Bytes:
         """Return the bytes where the gradients of embedding and head are summed."""
         p = self.part
-        is_done = p.is_chunked or self.sums
-        owed = p.table if is_done else p.chunk * p.vocab
+        owed = 0 if p.is_chunked else self.waiting
+        # Of one microbatch, the next one needs the parameters' copies too.
+        copies = self.copies if self.sums else 0
         return self._bytes(
             gradients=(p.state.blocks + 2 * p.table) * FLOAT32 + self.sums,
-            logits=owed * FLOAT32 + p.table * p.itemsize,
-            workspace=p.state.optimizer if self.is_offloaded else 0,
+            logits=(owed or p.table * FLOAT32) + p.table * p.itemsize,
+            workspace=copies + (p.state.optimizer if self.is_offloaded else 0),
         )
 
     def _bytes(self, **temporaries: float) -> Bytes:
