@@ -17,7 +17,7 @@ from jaxscale.train.state import BATCH_DTYPES
 
 # The compiler finds no place for buffers without holes between them, and its figure counts these
 # holes twice: so much more than what is alive at the peak.
-HOLES = 0.2
+HOLES = 0.25
 # Of a chip's vector memory, what holds a block's activations.
 VECTOR_MEMORY = 2**26
 
