@@ -11,13 +11,13 @@ cut. The lists were read off the TPU compiler's buffers; `compile` gives its own
 
 import dataclasses
 
-from jaxscale.plan.part import FLOAT32, DevicePart, tile_bytes
+from jaxscale.plan.part import FLOAT32, device_part
 from jaxscale.plan.space import Candidate
 from jaxscale.train.state import BATCH_DTYPES
 
 # The compiler finds no place for buffers without holes between them, and its figure counts these
 # holes twice: so much more than what is alive at the peak.
-HOLES = 0.2
+HOLES = 0.25
 # Of a chip's vector memory, what holds a block's activations.
 VECTOR_MEMORY = 2**26
 
@@ -70,102 +70,97 @@ def closed_bytes(candidate: Candidate) -> Bytes:
     """Return the bytes of a candidate's training step on each device, on a TPU."""
     step = Phases(candidate)
     phases = (step.forward(), step.loss(), step.backward(), step.end())
-    return max(phases, key=lambda phase: phase.total)
+    return max(phases, key=lambda phase: phase.temporaries)
 
 
-class Phases(DevicePart):
+class Phases:
     """The phases of a candidate's step, each as the bytes that are alive in it."""
 
-    def _fixed(self) -> dict[str, float]:
-        """Return what lies there throughout: the state and the batch."""
-        offload = self.config.train.offload
-        rows = self.rows * self.parts
-        batch = len(BATCH_DTYPES) * tile_bytes((rows, self.tokens // self.rows), FLOAT32)
-        return {
-            "params": self.state.params,
-            "optimizer": 0 if offload != "none" else self.state.optimizer,
-            "batch": batch,
-        }
-
-    def _copies(self) -> float:
-        """Return the blocks' parameters in the compute dtype, which the compiler makes once."""
-        same = self.model.param_dtype == self.model.compute_dtype
-        return 0 if same else self.state.blocks * self.itemsize
-
-    def _block(self) -> float:
-        """Return the working set of one block's backward pass, with its weights gathered.
-
-        The compiler keeps what it can of it in vector memory.
-        """
-        model, c, t = self.model, self.itemsize, self.tokens
-        inner = 3 if model.mlp == "gated" else 2
-        activations = t * c * (2 * self.width + 4 * self.queries + inner * self.hidden)
-        pairs = 2 * self.key_tokens * self.pairs * c
-        scores = 0
-        if model.attention == "dense":
-            scores = 3 * t * (self.key_tokens // self.rows) * self.heads * FLOAT32
-        moving = max(activations + pairs - VECTOR_MEMORY, 0)
-        weights = self.state.whole_block * c + self.state.whole_matrix * FLOAT32
-        return weights + moving + scores
-
-    def _sums(self) -> float:
-        """Return the sums of gradients over microbatches that are worked off one by one."""
-        is_summed = self.parts > 1 and self.stages == 1
-        return (self.state.blocks + self.state.others) * FLOAT32 if is_summed else 0.0
-
-    def loss(self) -> Bytes:
-        """Return the bytes where the logits are computed: in chunks, their head's sum is there."""
-        head = self.table * self.itemsize
-        logits = self.chunk * self.vocab * FLOAT32
-        if self.is_chunked:
-            grown = self.table * FLOAT32
-            head += grown + max(grown - logits, 0)
-        return Bytes(
-            **self._fixed(),
-            activations=self.kept_bytes(),
-            gradients=self._sums(),
-            logits=logits + head,
-            workspace=self._copies() + self.loss_tokens * self.width * (FLOAT32 + self.itemsize),
-        )
+    def __init__(self, candidate: Candidate) -> None:
+        self.part = p = device_part(candidate)
+        self.is_offloaded = p.config.train.offload != "none"
+        # The blocks' parameters in the compute dtype, which the compiler makes once.
+        same = p.model.param_dtype == p.model.compute_dtype
+        self.copies = 0 if same else p.state.blocks * p.itemsize
+        # Of gradients over microbatches that are worked off one by one.
+        is_summed = p.parts > 1 and p.stages == 1
+        self.sums = (p.state.blocks + p.state.others) * FLOAT32 if is_summed else 0
+        # The head's gradient is the last thing that the compiler computes, and its logits wait: not
+        # where it is added to a sum as it is.
+        waits = not is_summed or p.is_gathered
+        self.waiting = p.chunk * p.vocab * FLOAT32 if waits else 0
 
     def forward(self) -> Bytes:
         """Return the bytes in a pipeline's forward pass, whose ticks have the weights in common.
 
         So the compiler gathers those of all of a stage's layers before the first tick.
         """
-        gathered = self.state.whole_block * self.itemsize * self.layers
-        return Bytes(
-            **self._fixed(),
-            activations=self.kept_bytes(),
-            workspace=self._copies() + (gathered if self.is_gathered and self.stages > 1 else 0),
+        p = self.part
+        is_gathered = p.is_gathered and p.stages > 1
+        gathered = p.state.whole_block * p.itemsize * p.layers if is_gathered else 0
+        return self._bytes(activations=p.kept_bytes, workspace=self.copies + gathered)
+
+    def loss(self) -> Bytes:
+        """Return the bytes where the logits are computed: in chunks, their head's sum is there."""
+        p = self.part
+        head, logits = p.table * p.itemsize, p.chunk * p.vocab * FLOAT32
+        if p.is_chunked:
+            # The sum, and either a chunk's logits or what it adds to the sum.
+            head += p.table * FLOAT32
+            logits = max(logits, p.table * FLOAT32)
+        normalised = p.loss_tokens * p.width * (FLOAT32 + p.itemsize)
+        return self._bytes(
+            activations=p.kept_bytes,
+            gradients=self.sums,
+            logits=logits + head,
+            workspace=self.copies + normalised,
         )
 
     def backward(self) -> Bytes:
-        """Return the bytes in the first blocks' backward pass.
-
-        The head's gradient is the last thing that the compiler computes, and its logits wait;
-        not in one of several microbatches.
-        """
-        owed = self.table * (FLOAT32 + self.itemsize)
-        if not self.is_chunked:
-            owed = 0 if self._sums() else self.chunk * self.vocab * FLOAT32
-        # A pipeline adds the ticks' gradients up.
-        gradients = self.state.blocks * FLOAT32 * (2 if self.stages > 1 else 1)
-        return Bytes(
-            **self._fixed(),
-            activations=self.kept_bytes(),
-            gradients=gradients + self._sums(),
-            logits=owed,
-            workspace=self._copies() + self._block(),
+        """Return the bytes in the first blocks' backward pass."""
+        p = self.part
+        # A pipeline adds the gradients of its ticks up.
+        gradients = p.state.blocks * FLOAT32 * (2 if p.stages > 1 else 1)
+        return self._bytes(
+            activations=p.kept_bytes,
+            gradients=gradients + self.sums,
+            logits=p.table * (FLOAT32 + p.itemsize) if p.is_chunked else self.waiting,
+            workspace=self.copies + self._block(),
         )
 
     def end(self) -> Bytes:
         """Return the bytes where the gradients of embedding and head are summed."""
-        owed = self.table if self.is_chunked or self._sums() else self.chunk * self.vocab
-        fetched = self.config.train.offload != "none"
-        return Bytes(
-            **self._fixed(),
-            gradients=self.state.blocks * FLOAT32 + self._sums() + 2 * self.table * FLOAT32,
-            logits=owed * FLOAT32 + self.table * self.itemsize,
-            workspace=self.state.optimizer if fetched else 0.0,
+        p = self.part
+        owed = 0 if p.is_chunked else self.waiting
+        # Of one microbatch, the next one needs the parameters' copies too.
+        copies = self.copies if self.sums else 0
+        return self._bytes(
+            gradients=(p.state.blocks + 2 * p.table) * FLOAT32 + self.sums,
+            logits=(owed or p.table * FLOAT32) + p.table * p.itemsize,
+            workspace=copies + (p.state.optimizer if self.is_offloaded else 0),
         )
+
+    def _bytes(self, **temporaries: float) -> Bytes:
+        """Return what is alive in a phase, and what lies there throughout."""
+        p = self.part
+        return Bytes(
+            params=p.state.params,
+            optimizer=0 if self.is_offloaded else p.state.optimizer,
+            batch=len(BATCH_DTYPES) * p.tokens * p.parts * FLOAT32,
+            **temporaries,
+        )
+
+    def _block(self) -> float:
+        """Return the working set of one block's backward pass, with its weights gathered.
+
+        The compiler keeps what it can of it in vector memory.
+        """
+        p = self.part
+        inner = 3 if p.model.mlp == "gated" else 2
+        features = 2 * p.width + 4 * p.queries + inner * p.hidden
+        streams = (p.tokens * features + 2 * p.key_tokens * p.pairs) * p.itemsize
+        scores = 0
+        if p.model.attention == "dense":
+            scores = 3 * p.tokens * (p.key_tokens // p.rows) * p.heads * FLOAT32
+        weights = p.state.whole_block * p.itemsize + p.state.whole_matrix * FLOAT32
+        return weights + max(streams - VECTOR_MEMORY, 0) + scores

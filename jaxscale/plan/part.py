@@ -23,6 +23,7 @@ ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LANES, SUBLANES = 128, 8
 
 
+@functools.lru_cache(maxsize=4096)
 def tile_bytes(shape: tuple[int, ...], itemsize: int) -> int:
     """Return the bytes of an array in tiles of 8 x 128, in the order of dims that wastes least."""
     size = math.prod(shape)
@@ -72,6 +73,7 @@ def _leaves(model: ModelConfig) -> tuple[tuple[tuple[int, ...], tuple[Axis, ...]
     return tuple((shape.shape, names) for shape, names in zip(shapes, axes, strict=True))
 
 
+@functools.lru_cache(maxsize=64)
 def shape_of_model(model: ModelConfig) -> ModelConfig:
     """Return the model section without the knobs that change no parameter."""
     return dataclasses.replace(model, remat="full", remat_names=(), remat_every=1, scan_unroll=1)
@@ -131,6 +133,18 @@ def _optimizer_bytes(
     return tile_bytes(rows, FLOAT32) + tile_bytes(columns, FLOAT32)
 
 
+@functools.lru_cache(maxsize=4096)
+def num_shards(rules: Rules, mesh: AnyMesh) -> dict[str, int]:
+    """Return in how many parts each logical axis is cut."""
+    return {name: rules.num_shards(name, mesh) for name, _ in rules.table}
+
+
+@functools.lru_cache(maxsize=1)
+def device_part(candidate: Candidate) -> "DevicePart":
+    """Return one device's part of a candidate's step; bytes and seconds are asked for in turn."""
+    return DevicePart(candidate)
+
+
 class DevicePart:
     """One device's part of a step: tokens, dims and parameters after the mesh has cut them."""
 
@@ -138,14 +152,16 @@ class DevicePart:
         config, rules, mesh = candidate.config, candidate.rules, candidate.mesh
         model = config.model
 
+        shards = num_shards(rules, mesh)
+
         def cut(name: str, size: int) -> int:
-            return -(-size // rules.num_shards(name, mesh))
+            return -(-size // shards[name])
 
         self.config, self.model = config, model
         self.state = device_state(shape_of_model(model), config.optimizer, rules, mesh)
         self.itemsize = ITEMSIZES[model.compute_dtype]
         self.stages, self.parts = mesh.shape[STAGE_AXIS], config.train.accumulation_steps
-        self.length, self.length_shards = config.data.length, rules.num_shards("length", mesh)
+        self.length, self.length_shards = config.data.length, shards["length"]
         self.rows = cut("batch", config.train.global_batch_size) // self.parts
         self.tokens = self.rows * cut("length", self.length)
         self.residual_tokens = self.rows * cut("residual_length", self.length)
@@ -163,7 +179,7 @@ class DevicePart:
         self.queries, self.pairs = self.heads * lanes, self.kv_heads * lanes
         self.vocab, self.layers = cut("vocab", model.vocab_size), cut("layers", model.num_layers)
         self.table = self.vocab * model.width
-        self.is_gathered = rules.num_shards("embed", mesh) > 1
+        self.is_gathered = shards["embed"] > 1
 
     @property
     def ticks(self) -> int:
@@ -178,7 +194,7 @@ class DevicePart:
         every = self.model.remat_every if self.model.remat != "none" else 1
         return -(-self.layers // every)
 
-    @property
+    @functools.cached_property
     def kept_names(self) -> frozenset[str]:
         """The named activations that a recomputing layer keeps, "offload:" before some of them."""
         model = self.model
@@ -211,6 +227,7 @@ class DevicePart:
             "up": t * self.hidden * c,
         }
 
+    @functools.cached_property
     def kept_bytes(self) -> float:
         """Return what the forward pass keeps of all layers: in a pipeline, of every tick."""
         model = self.model

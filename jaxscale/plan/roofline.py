@@ -10,10 +10,13 @@ the last reduction. A pipeline's bubble stretches all of it.
 # t tokens of a device and microbatch, c bytes of an element in the compute dtype
 
 import dataclasses
+import functools
 
 from jaxscale.hardware import Chip
+from jaxscale.parallel.mesh import AnyMesh
 from jaxscale.parallel.pipeline import bubble_share
-from jaxscale.plan.part import FLOAT32, ITEMSIZES, DevicePart
+from jaxscale.parallel.sharding import Rules
+from jaxscale.plan.part import FLOAT32, ITEMSIZES, DevicePart, device_part
 from jaxscale.plan.shares import Shares
 from jaxscale.plan.space import Candidate
 from jaxscale.plan.torus import Network, Seconds
@@ -76,7 +79,7 @@ def closed_seconds(
       shares: achieved over peak; None: the defaults.
     """
     shares = shares or Shares()
-    part = DevicePart(candidate)
+    part = device_part(candidate)
     hidden, exposed = _communication(_Traffic(candidate, part, network))
     compute = _compute_seconds(part, chip, shares)
     hbm = _hbm_bytes(part) / (chip.hbm_bytes_per_second / chip.devices_per_chip * shares.hbm)
@@ -172,7 +175,7 @@ def _hbm_bytes(part: DevicePart) -> float:
     layers = (activations + weights) * _layer_runs(part)
     # Kept activations are stacked, and copied out of the stack.
     ticks = part.parts if part.stages == 1 else 1
-    kept = 4 * part.kept_bytes() * ticks
+    kept = 4 * part.kept_bytes * ticks
     logits = 5 * part.loss_tokens * part.vocab * FLOAT32 * ticks
     tables = part.table * (4 * c + 6 * FLOAT32) * ticks
     if part.parts > 1 and part.stages == 1:
@@ -192,21 +195,24 @@ def _host_bytes(part: DevicePart) -> float:
     return state + part.offloaded_bytes()
 
 
+@functools.lru_cache(maxsize=4096)
+def _mesh_axes(rules: Rules, mesh: AnyMesh) -> dict[str, tuple[str, ...]]:
+    """Return the mesh axes of each logical axis."""
+    return {name: rules.mesh_axes(name, mesh) for name, _ in rules.table}
+
+
 class _Traffic:
     """The collectives of a step, by what they are for."""
 
     def __init__(self, candidate: Candidate, part: DevicePart, network: Network) -> None:
-        rules, mesh = candidate.rules, candidate.mesh
         self.part, self.network, self.model = part, network, part.model
-        self.fsdp = rules.mesh_axes("embed", mesh)
-        self.length = rules.mesh_axes("length", mesh)
-        self.layers = rules.mesh_axes("layers", mesh)
-        batch = rules.mesh_axes("batch", mesh)
+        axes = _mesh_axes(candidate.rules, candidate.mesh)
+        self.fsdp, self.length, self.layers = axes["embed"], axes["length"], axes["layers"]
+        self.heads, self.hidden, self.vocab = axes["heads"], axes["hidden"], axes["vocab"]
         # Over which devices hold the same shard of a weight, and other tokens.
-        self.replicas = tuple(a for a in (*batch, *self.length) if a not in self.fsdp)
-        self.heads, self.hidden = rules.mesh_axes("heads", mesh), rules.mesh_axes("hidden", mesh)
-        self.vocab = rules.mesh_axes("vocab", mesh)
-        self.reduce_itemsize = ITEMSIZES[rules.reduce_dtype]
+        tokens = (*axes["batch"], *self.length)
+        self.replicas = tuple(axis for axis in tokens if axis not in self.fsdp)
+        self.reduce_itemsize = ITEMSIZES[candidate.rules.reduce_dtype]
 
     def gather(self, elements: float) -> Seconds:
         """Return an all-gather of weights in the compute dtype."""

@@ -45,7 +45,8 @@ REMATS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity: thousands of them key caches.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
     """A resolved config with every mesh axis filled in, and what its mesh section amounts to."""
 
