@@ -23,6 +23,7 @@ from jaxscale.config import Config
 from jaxscale.data.workers import Stop, never
 from jaxscale.plan.describe import ENVIRONMENT, libtpu_version
 from jaxscale.plan.torus import Slice
+from jaxscale.plan.words import refused_option
 
 COMMAND = (sys.executable, "-m", "jaxscale.plan.child")
 # What a step is traced by: a change in any of it makes another program.
@@ -179,7 +180,8 @@ def _compile(job: Job, *, stop: Stop) -> Compiled:
         if not report or outcome.code != 0:
             why = f"not done in {TIMEOUT_SECONDS:.0f} s" if outcome.code is None else ""
             report = {"error": why or outcome.last_words}
-        if "error" not in report:
+        # What the compiler refuses it will refuse again; another error may pass.
+        if "error" not in report or refused_option(report["error"]):
             if "argument_bytes" in report:
                 os.replace(partial, text)
             records.write_json(kept, report)

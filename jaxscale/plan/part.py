@@ -218,6 +218,7 @@ class DevicePart:
         t, c = self.tokens, self.itemsize
         pairs = t * self.pairs * c
         return {
+            "block_input": self.residual_tokens * self.width * c,
             "query": t * self.queries * c,
             "key": pairs,
             "value": pairs,
@@ -231,10 +232,13 @@ class DevicePart:
     def kept_bytes(self) -> float:
         """Return what the forward pass keeps of all layers: in a pipeline, of every tick."""
         model = self.model
-        carry = self.residual_tokens * self.width * self.itemsize
         sizes = self.name_bytes()
-        own = sum(sizes[name] for name in self.kept_names if not name.startswith(OFFLOAD))
-        recomputing = self._everything() if model.remat == "none" else carry + own
+        carry = sizes["block_input"]
+        # What enters a block is kept in any case, unless in host memory.
+        is_away = f"{OFFLOAD}block_input" in self.kept_names
+        kept = self.kept_names | (set() if is_away else {"block_input"})
+        own = sum(sizes[name] for name in kept if not name.startswith(OFFLOAD))
+        recomputing = self._everything() if model.remat == "none" else own
         keeping = (self.layers - self.remat_layers) * self._everything()
         blocks = self.remat_layers * recomputing + keeping
         if self.stages == 1:

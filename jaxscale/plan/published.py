@@ -75,10 +75,8 @@ class Run:
       topology: of a slice, like "v6e:16x16".
       options: of the TPU compiler, some of which it may refuse (`words.refused_option`).
       kernel: how attention was computed; `Config` has no knob for most of it.
-      offloaded_carry_bytes: inputs of blocks that the published program kept in host memory and
-        ours keeps on the device: to be taken off a device's HBM.
       extra_host_bytes: what a device sent to host memory in a step, and read back, beyond what
-        our program does.
+        our program does: outputs of MLPs.
       approximations: how our program differs.
     """
 
@@ -87,7 +85,6 @@ class Run:
     topology: str
     options: tuple[tuple[str, str], ...]
     kernel: words.Kernel
-    offloaded_carry_bytes: int
     extra_host_bytes: int
     approximations: tuple[str, ...]
 
@@ -155,6 +152,10 @@ def _run(row: Row) -> Run:
         Config(
             model=model,
             mesh=mesh,
+            # As in MaxText, which cuts the width of the residual stream over the tensor axis.
+            rules=RulesConfig(residual_length=f"{AXES[3]},{AXES[4]}")
+            if getattr(mesh, AXES[4]) > 1
+            else RulesConfig(),
             data=DataConfig(length=row.length or 0, document_mask=kernel.segments),
             train=TrainConfig(
                 global_batch_size=batch,
@@ -172,18 +173,17 @@ def _run(row: Row) -> Run:
     )
     _check_fit(config, row.num_devices or 1)
     _check_parameters(config.model, row)
-    # Of all blocks: each input or output has a feature of two bytes, or four, per token and width.
+    # Of all blocks: an output has a feature of two bytes, or four, per token and width.
     itemsize = 2 if model.compute_dtype == "bfloat16" else 4
-    held = int(model.num_layers / getattr(mesh, AXES[0]) * tokens * model.width * itemsize)
+    outputs = int(model.num_layers / getattr(mesh, AXES[0]) * tokens * model.width * itemsize)
     return Run(
         row=row,
         config=config,
         topology=topology,
         options=words.compiler_options(row.xla_flags),
         kernel=kernel,
-        offloaded_carry_bytes=held * (words.CARRY in kept.on_host),
-        extra_host_bytes=held * accumulation * len(kept.on_host),
-        approximations=tuple(_approximations(row)),
+        extra_host_bytes=outputs * accumulation * kept.has_outputs_on_host,
+        approximations=tuple(_approximations(row, config)),
     )
 
 
@@ -231,6 +231,7 @@ def _model(row: Row, kernel: words.Kernel, kept: words.Kept) -> ModelConfig:
         qk_norm=bool(re.search(r"(?<!no )\bqk(\(v\))?[- ]?norm", notes)),
         tie_embeddings=row.tied_embeddings.lower() in ("true", "yes", "1"),
         attention=kernel.attention,
+        sequence_attention="all_to_all" if kernel.is_balanced else ModelConfig().sequence_attention,
         attention_window=int(window[1]) if window else 0,
         compute_dtype=_dtype(row.compute_dtype or "bfloat16"),
         param_dtype=_dtype(row.param_dtype or "float32"),
@@ -318,7 +319,7 @@ def _check_fit(config: Config, num_devices: int) -> None:
     """Raise ConfigError where the mesh fits neither the devices nor the model nor the batch."""
     sizes = axis_sizes(config.mesh, num_devices)
     mesh: Any = AbstractMesh(tuple(sizes.values()), AXES)
-    rules = Rules.make(RulesConfig())
+    rules = Rules.make(config.rules)
     check_mesh(config.model, rules, mesh)
     rows = config.train.global_batch_size / config.train.accumulation_steps
     check_divides(rules, mesh, {"batch": (rows, "train.global_batch_size")})  # type: ignore[dict-item]
@@ -332,9 +333,14 @@ def _check_parameters(model: ModelConfig, row: Row) -> None:
         raise _LackError(f"we lack a part: its {theirs:g}B parameters are {ours:.3g}B as rebuilt")
 
 
-def _approximations(row: Row) -> list[str]:
+def _approximations(row: Row, config: Config) -> list[str]:
     notes = row.arch_notes.lower()
-    return [said for pattern, said in _APPROXIMATED if re.search(pattern, notes)]
+    said = [said for pattern, said in _APPROXIMATED if re.search(pattern, notes)]
+    if getattr(config.mesh, AXES[3]) > 1 and config.model.sequence_attention == "all_to_all":
+        said.append("a part of the length has its heads' pairs in place of a balanced part of all")
+    if getattr(config.mesh, AXES[4]) > 1:
+        said.append("the tensor axis cuts the residual stream's tokens, not its width")
+    return said
 
 
 def num_parameters(model: ModelConfig) -> int:

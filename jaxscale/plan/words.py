@@ -20,7 +20,8 @@ _AXIS_NAMES = {
 }
 
 # What frameworks call the activations of a block, and what `model.remat_names` calls them.
-CARRY, MLP_OUTPUT = "carry", "mlp_output"  # no names of ours: inputs and outputs of a block
+CARRY = "block_input"  # kept on the device in any case
+MLP_OUTPUT = "mlp_output"  # no name of ours
 _QUERY, _KEY, _VALUE = ("query",), ("key",), ("value",)
 _ATTENTION_OUT, _GATE, _UP = ("attention_out",), ("gate",), ("up",)
 _ACTIVATIONS: dict[str, tuple[str, ...]] = {
@@ -81,12 +82,12 @@ class Kept:
     Attributes:
       remat: `model.remat`.
       names: `model.remat_names`, if `remat` is names.
-      on_host: of `CARRY` and `MLP_OUTPUT`, what the published program kept in host memory.
+      has_outputs_on_host: whether the published program kept `MLP_OUTPUT` in host memory.
     """
 
     remat: str
     names: tuple[str, ...] = ()
-    on_host: frozenset[str] = frozenset()
+    has_outputs_on_host: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Kernel:
       causal: whether the kernel leaves out what the mask hides.
       segments: whether documents are kept apart.
       fused_backward: whether one kernel computes all gradients.
+      is_balanced: whether devices that share a length have as many pairs each.
       blocks: tokens of each kind of block, as far as told; `all` stands for those not told.
     """
 
@@ -105,6 +107,7 @@ class Kernel:
     causal: bool
     segments: bool
     fused_backward: bool
+    is_balanced: bool
     blocks: tuple[tuple[str, int], ...]
 
 
@@ -137,10 +140,11 @@ def kept_activations(policy: str, meaning: str) -> Kept | None:
     if not places:
         return None
     order = [n for names in _ACTIVATIONS.values() for n in names]
-    names = sorted((n for n in places if n not in (CARRY, MLP_OUTPUT)), key=order.index)
-    on_host = frozenset(n for n in (CARRY, MLP_OUTPUT) if places.get(n) == _HOST)
-    kept = tuple(f"{OFFLOAD}{n}" if places[n] == _HOST else n for n in names if places[n] != _AGAIN)
-    return Kept("names", kept, on_host) if kept else Kept("full", (), on_host)
+    on_device = {name for name, place in places.items() if place == _DEVICE} - {CARRY, MLP_OUTPUT}
+    on_host = {name for name, place in places.items() if place == _HOST}
+    names = sorted(on_device | on_host - {MLP_OUTPUT}, key=order.index)
+    kept = tuple(f"{OFFLOAD}{name}" if name in on_host else name for name in names)
+    return Kept("names" if kept else "full", kept, MLP_OUTPUT in on_host)
 
 
 def _places(text: str) -> dict[str, str]:
@@ -176,6 +180,7 @@ def read_kernel(text: str) -> Kernel:
         causal=not re.search(r"causal\s*=\s*false|non-causal", words),
         segments=not re.search(r"(no|without) segment", words),
         fused_backward=bool(re.search(r"fused[ _](bwd|backward)", words)),
+        is_balanced=bool(re.search(r"load[ -]?balanc", words)),
         blocks=tuple(_blocks(words)),
     )
 

@@ -3,8 +3,6 @@
 import pytest
 
 from jaxscale.plan.words import (
-    CARRY,
-    MLP_OUTPUT,
     Kept,
     axis_sizes,
     compiler_options,
@@ -29,7 +27,7 @@ ALL = ("query", "key", "value", "attention_out", "gate", "up")
             "custom",
             "custom: scan carry saved; decoder_layer_input, query_proj -> pinned_host; everything "
             "else (attention forward, out_proj, MLP) recomputed",
-            Kept("names", ("offload:query",), frozenset({CARRY})),
+            Kept("names", ("offload:block_input", "offload:query")),
         ),
         (
             "custom",
@@ -40,16 +38,17 @@ ALL = ("query", "key", "value", "attention_out", "gate", "up")
         (
             "custom",
             "decoder_layer_input and mlpwo -> pinned_host; k saved; q, MLP wi recomputed",
-            Kept("names", ("key",), frozenset({CARRY, MLP_OUTPUT})),
+            Kept("names", ("offload:block_input", "key"), has_outputs_on_host=True),
         ),
         ("custom", "context=offload, mlpwi_0=device", Kept("names", ("offload:context", "gate"))),
         ("custom", "offloaded: q, k", Kept("names", ("offload:query", "offload:key"))),
         ("custom", "q saved on host", Kept("names", ("offload:query",))),
-        ("custom", "decoder_layer_input offloaded", Kept("full", (), frozenset({CARRY}))),
+        ("custom", "decoder_layer_input offloaded", Kept("names", ("offload:block_input",))),
+        ("custom", "decoder_layer_input kept", Kept("full")),
         (
             "offload_dots_saveable",
             "",
-            Kept("names", tuple(f"offload:{name}" for name in ALL), frozenset({MLP_OUTPUT})),
+            Kept("names", tuple(f"offload:{name}" for name in ALL), has_outputs_on_host=True),
         ),
         (
             "save_dot_except_mlpwi",
@@ -64,7 +63,8 @@ def test_kept_activations(policy: str, meaning: str, kept: Kept | None) -> None:
     found = kept_activations(policy, meaning)
     if found is not None and kept is not None:
         assert sorted(found.names) == sorted(kept.names)
-        assert (found.remat, found.on_host) == (kept.remat, kept.on_host)
+        assert found.remat == kept.remat
+        assert found.has_outputs_on_host == kept.has_outputs_on_host
     else:
         assert found is kept
 
@@ -79,6 +79,8 @@ def test_kernels() -> None:
     kernel = read_kernel("Pallas splash (causal, segment ids); all sa_block_*=2048, fused bwd")
     assert (kernel.attention, kernel.causal, kernel.segments) == ("flash", True, True)
     assert (kernel.fused_backward, kernel.blocks) == (True, (("all", 2048),))
+    assert not kernel.is_balanced
+    assert read_kernel("splash; K and V gathered, load balanced").is_balanced
     kernel = read_kernel("flash, causal=False, no segment ids")
     assert (kernel.causal, kernel.segments, kernel.fused_backward) == (False, False, False)
     kernel = read_kernel("sa_block_q=1024 sa_block_q_dkv=2048, other blocks 512, separate bwd")
