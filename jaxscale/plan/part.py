@@ -19,6 +19,8 @@ from jaxscale.plan.space import Candidate
 
 FLOAT32 = 4
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# The residual stream as a block takes it up, among the names of remat.
+BLOCK_INPUT = "block_input"
 # A TPU stores arrays in tiles of 8 x 128 elements.
 LANES, SUBLANES = 128, 8
 
@@ -196,12 +198,17 @@ class DevicePart:
 
     @functools.cached_property
     def kept_names(self) -> frozenset[str]:
-        """The named activations that a recomputing layer keeps, "offload:" before some of them."""
+        """The named activations that a recomputing layer keeps, "offload:" before some of them.
+
+        Its input it keeps in any case.
+        """
         model = self.model
         if model.remat == "names":
-            return frozenset(model.remat_names)
+            kept = frozenset(model.remat_names)
+            return kept if OFFLOAD + BLOCK_INPUT in kept else kept | {BLOCK_INPUT}
         every = frozenset(REMAT_NAMES)
-        return {"full": frozenset(), "dots": every - {"context"}, "none": every}[model.remat]
+        kinds = {"full": {BLOCK_INPUT}, "dots": every - {"context"}, "none": every}
+        return frozenset(kinds[model.remat])
 
     @property
     def chunk(self) -> int:
@@ -218,6 +225,7 @@ class DevicePart:
         t, c = self.tokens, self.itemsize
         pairs = t * self.pairs * c
         return {
+            BLOCK_INPUT: self.residual_tokens * self.width * c,
             "query": t * self.queries * c,
             "key": pairs,
             "value": pairs,
@@ -231,16 +239,15 @@ class DevicePart:
     def kept_bytes(self) -> float:
         """Return what the forward pass keeps of all layers: in a pipeline, of every tick."""
         model = self.model
-        carry = self.residual_tokens * self.width * self.itemsize
         sizes = self.name_bytes()
         own = sum(sizes[name] for name in self.kept_names if not name.startswith(OFFLOAD))
-        recomputing = self._everything() if model.remat == "none" else carry + own
+        recomputing = self._everything() if model.remat == "none" else own
         keeping = (self.layers - self.remat_layers) * self._everything()
         blocks = self.remat_layers * recomputing + keeping
         if self.stages == 1:
             return blocks
         # What enters and what has left waits in queues.
-        queues = 2 * self.parts * carry
+        queues = 2 * self.parts * sizes[BLOCK_INPUT]
         return blocks * self.ticks / self.config.train.pipeline_rounds + queues
 
     def offloaded_bytes(self) -> float:
