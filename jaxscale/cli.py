@@ -139,15 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_prepare_options(verb("prepare", run.prepare, "tokenize a corpus once into a token cache"))
 
-    train = verb("train", run.train, "train, or resume the run in the workdir")
-    train.add_argument("--allow-config-change", action="store_true", help="resume all the same")
-    instead = train.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--dry-run", action="store_true", help="compile and show shapes, shardings, bytes, FLOPs"
-    )
-    instead.add_argument(
-        "--smoke", action="store_true", help="learn one small batch by heart within a minute"
-    )
+    _add_train_options(verb("train", run.train, "train, or resume the run in the workdir"))
 
     evaluate = verb("evaluate", run.evaluate, "loss and bits per byte of a checkpoint")
     evaluate.add_argument("--step", type=int, help="checkpoint to read; default: newest whole one")
@@ -177,6 +169,17 @@ def make_parser() -> argparse.ArgumentParser:
         verb("sweep", study.sweep, "measure a curve, each point in a process of its own")
     )
     return parser
+
+
+def _add_train_options(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--allow-config-change", action="store_true", help="resume all the same")
+    instead = train.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--dry-run", action="store_true", help="compile and show shapes, shardings, bytes, FLOPs"
+    )
+    instead.add_argument(
+        "--smoke", action="store_true", help="learn one small batch by heart within a minute"
+    )
 
 
 def _add_prepare_options(prepare: argparse.ArgumentParser) -> None:

@@ -71,8 +71,10 @@ PAIRS: dict[str, Pair] = {
             "mesh.stage": 2,
             "mesh.sequence": 2,
             "mesh.tensor": 2,
+            "model.attention": "dense",
             "model.sequence_attention": "all_to_all",
             "train.accumulation_steps": 4,
+            "train.gradient_reduce_dtype": "float32",
         },
     ),
 }

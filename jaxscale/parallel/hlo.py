@@ -6,6 +6,7 @@ Only what costs time or bytes is read out of it; `program.py` adds that up.
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 # An instruction: name, shape (a tuple in parentheses, or no space in it), opcode, the rest.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)(?= [\w\-]+\()|\S+) ([\w\-]+)\((.*)")
@@ -59,8 +60,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """Return the computations of a program by name, and the name of the one it begins with."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
-        # A Pallas kernel's attributes go over several lines, which may begin like an end.
+    for line in _whole_lines(text):
         if line == "}" or line.startswith("}, execution_thread="):
             current = None
         elif current is not None:
@@ -71,6 +71,16 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             current = computations[head[2]] = {}
             entry = head[2] if head[1] else entry
     return computations, entry
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Yield the lines of a program; a Pallas kernel's attributes, which go over several, as one."""
+    kept = ""
+    for line in text.splitlines():
+        kept += line
+        if not line.endswith("kernel_metadata={") and not line.startswith('"'):
+            yield kept
+            kept = ""
 
 
 def _instruction(line: str) -> Instruction | None:

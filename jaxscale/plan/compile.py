@@ -28,6 +28,8 @@ from jaxscale.plan.words import refused_option
 COMMAND = (sys.executable, "-m", "jaxscale.plan.child")
 # What a step is traced by: a change in any of it makes another program.
 CODE = ("model", "parallel", "train", "optimizer.py", "muon.py", "adafactor.py")
+# Among it, what only reads compiled programs.
+READERS = ("parallel/hlo.py", "parallel/program.py")
 SECTIONS = ("model", "mesh", "rules", "optimizer")
 TRACED = {
     "data": ("length", "document_mask"),
@@ -71,7 +73,8 @@ class Job:
 def _code() -> str:
     folder = pathlib.Path(__file__).resolve().parents[1]
     files = [f for name in CODE for f in [folder / name, *sorted((folder / name).rglob("*.py"))]]
-    contents = [file.read_bytes() for file in files if file.is_file()]
+    traced = [f for f in files if f.is_file() and f.relative_to(folder).as_posix() not in READERS]
+    contents = [file.read_bytes() for file in traced]
     return hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 

@@ -14,14 +14,15 @@ from jaxscale.hardware import Chip
 from jaxscale.plan.schedule import Kernel
 from jaxscale.plan.shares import Shares
 
-# Of each kernel, matmuls of queries x keys x features; an ending that is found first counts.
-MATMULS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-# The one backward kernel in place of two computes scores and their gradients once.
-FUSED_MATMULS = 5
+# Of each kernel, how its sizes of blocks end, and its matmuls of queries x keys x features.
+KERNELS = {
+    "splash_mha_fwd": ("", 2),
+    "splash_mha_dq": ("_dq", 3),
+    "splash_mha_dkv": ("_dkv", 4),
+}
 # Vector operations for each pair of query and key: subtract, exponential (of a slower unit, as
 # four), maximum or product, sum, mask, conversion.
 VECTOR_OPS = 10
-DEFAULT_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,11 @@ def kernel_seconds(kernel: Kernel, attention: Attention, chip: Chip, shares: Sha
     Raises:
       ConfigError: a kernel that no model is stated for.
     """
-    matmuls = _num_matmuls(kernel)
+    ending, matmuls = _of_kernel(kernel)
     (B, N, L, H), (_, _, S, _) = [shape for shape in kernel.shapes if len(shape) == 4][:2]
-    pairs = B * N * _num_pairs(L, S, _blocks(kernel, L, S), attention)
+    sizes = dict(kernel.blocks)
+    blocks = min(sizes[f"block_q{ending}"], L), min(sizes[f"block_kv{ending}"], S)
+    pairs = B * N * _num_pairs(L, S, blocks, attention)
     # Features fill a part of a matrix unit where they are fewer than its side.
     assert chip.mxu_size
     filled = min(1.0, H / chip.mxu_size)
@@ -67,21 +70,14 @@ def kernel_seconds(kernel: Kernel, attention: Attention, chip: Chip, shares: Sha
     )
 
 
-def _num_matmuls(kernel: Kernel) -> int:
-    blocks = dict(kernel.blocks)
-    for name, matmuls in MATMULS.items():
+def _of_kernel(kernel: Kernel) -> tuple[str, int]:
+    for name, known in KERNELS.items():
         if kernel.name.startswith(name):
-            is_fused = name == "splash_mha_dkv" and blocks.get("use_fused_bwd_kernel")
-            return FUSED_MATMULS if is_fused else matmuls
+            return known
     raise ConfigError(
         f"the planner has no model of the kernel {kernel.name}; take model.attention=flash, "
         "chunked or dense"
     )
-
-
-def _blocks(kernel: Kernel, L: int, S: int) -> tuple[int, int]:
-    sizes = {name.split("_")[1]: size for name, size in kernel.blocks if name.startswith("block_")}
-    return min(sizes.get("q", DEFAULT_BLOCK), L), min(sizes.get("kv", DEFAULT_BLOCK), S)
 
 
 def _num_pairs(L: int, S: int, blocks: tuple[int, int], attention: Attention) -> int:

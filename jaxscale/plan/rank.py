@@ -61,7 +61,7 @@ class Row:
 
     Attributes:
       candidate: the config.
-      stage: how it is known: by the closed form, compiled, or compiled as training does.
+      known_by: how it is known: by the closed form, compiled, or compiled as training does.
       needed_bytes: of device memory.
       available_bytes: that a device has.
       seconds: predicted, of a step; nan where it does not fit.
@@ -74,7 +74,7 @@ class Row:
     """
 
     candidate: Candidate
-    stage: str
+    known_by: str
     needed_bytes: int
     available_bytes: int
     seconds: float
@@ -173,7 +173,7 @@ def network(mesh: MeshConfig, slice_: Slice) -> Network:
 
 
 def _row(
-    candidate: Candidate, slice_: Slice, stage: str, needed: int, seconds: float, **fields: Any
+    candidate: Candidate, slice_: Slice, known_by: str, needed: int, seconds: float, **fields: Any
 ) -> Row:
     config = candidate.config
     tokens = config.train.global_batch_size * config.data.length
@@ -181,7 +181,7 @@ def _row(
     flops = train_flops_per_token(config.model, config.data.length)
     return Row(
         candidate=candidate,
-        stage=stage,
+        known_by=known_by,
         needed_bytes=needed,
         available_bytes=slice_.chip.hbm_bytes_per_device,
         seconds=seconds,
@@ -216,7 +216,9 @@ def compile_rows(
     for job, compiled in compile_all(list(jobs), num_processes=options.num_processes, stop=stop):
         row = _compiled_row(jobs[job], job, compiled, AS_TRAINED if as_trained else COMPILED)
         found.append(row)
-        progress(f"{len(found)}/{len(jobs)} {row.stage}: {words(row, is_known=compiled.is_known)}")
+        progress(
+            f"{len(found)}/{len(jobs)} {row.known_by}: {words(row, is_known=compiled.is_known)}"
+        )
     return sorted(found, key=lambda row: (not row.fits, -row.tokens_per_second_per_chip))
 
 
@@ -238,7 +240,7 @@ def _job(candidate: Candidate, slice_: Slice, as_trained: bool) -> Job:
     return Job(candidate.config, slice_, options)
 
 
-def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, stage: str) -> Row:
+def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, known_by: str) -> Row:
     if compiled.has_room:
         timeline = predict_step(job, compiled, shares=SHARES)
         seconds, bound = timeline.seconds, timeline.bound
@@ -247,7 +249,7 @@ def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, stage: str
     return _row(
         candidate,
         job.slice,
-        stage,
+        known_by,
         compiled.needed_bytes,
         seconds,
         bound=bound,

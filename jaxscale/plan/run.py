@@ -195,7 +195,7 @@ def _fields(row: Row) -> dict[str, Any]:
         "accumulation_steps": config.train.accumulation_steps,
         "global_batch_size": config.train.global_batch_size,
         "length": config.data.length,
-        "stage": row.stage,
+        "known_by": row.known_by,
         "fits": row.fits,
         "needed_bytes": row.needed_bytes,
         "available_bytes": row.available_bytes,

@@ -63,8 +63,8 @@ def _cells(row: Row) -> Iterator[str]:
     yield f"{format_bytes(row.needed_bytes)} {share:.0%}"
     yield "yes" if row.fits else "NO"
     yield row.error or row.bound
-    yield f"{row.compile_seconds:.0f} s" if row.stage != CLOSED_FORM else "-"
-    yield row.stage
+    yield f"{row.compile_seconds:.0f} s" if row.known_by != CLOSED_FORM else "-"
+    yield row.known_by
     parts = config.train.accumulation_steps
     sequences = f"{config.train.global_batch_size}" + (f" in {parts}" if parts > 1 else "")
     yield f"{sequences} x {config.data.length}"
@@ -149,7 +149,7 @@ def boundary_lines(boundaries: Sequence[Boundary], of_length: bool) -> Iterator[
     for found in boundaries:
         name = found.remat.kind + (":" + ",".join(found.remat.names) if found.remat.names else "")
         above = f", {found.next_size:,} does not" if found.next_size else ""
-        mesh = f" with {found.row.candidate.mesh_words} ({found.row.stage})" if found.row else ""
+        mesh = f" with {found.row.candidate.mesh_words} ({found.row.known_by})" if found.row else ""
         yield f"  {found.size:>9,}{above}{mesh}: {name}"
 
 
