@@ -267,14 +267,49 @@ class _Reader:
                 return 2 * _in_hbm(operands[1])
             return _in_hbm(instruction) + sum(map(_in_hbm, operands))
         inner = self._computations[instruction.called["calls"][0]]
-        total = _written(root_of(inner), inner) if _in_hbm(instruction) else 0
-        parameters = {
-            int(found.operands[0]): found for found in inner.values() if found.opcode == "parameter"
-        }
+        total = self._written(root_of(inner), inner) if _in_hbm(instruction) else 0
+        parameters = _parameters(inner)
         for number, operand in enumerate(operands):
             if _in_hbm(operand):
-                total += _read(parameters[number], inner)
+                total += self._read(parameters[number], inner)
         return total
+
+    def _read(self, parameter: Instruction, inner: Computation) -> int:
+        """Return the bytes that a fusion reads of an operand, of which it may use a slice alone."""
+        users = [found for found in inner.values() if parameter.name in found.operands]
+        used = sum(self._used(user, parameter.name, inner) for user in users)
+        return min(num_bytes(parameter.shape), used)
+
+    def _used(self, user: Instruction, name: str, inner: Computation) -> int:
+        """Return the bytes that an instruction of a fusion reads of the value of that name."""
+        if user.opcode == "bitcast":
+            return self._read(user, inner)
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            return num_bytes(user.shape)
+        if _passes(user, name):
+            return 0
+        if user.opcode == "fusion":
+            within = self._computations[user.called["calls"][0]]
+            return self._read(_parameters(within)[user.operands.index(name)], within)
+        return num_bytes(inner[name].shape)
+
+    def _written(self, root: Instruction, inner: Computation) -> int:
+        """Return the bytes that a fusion writes: of an updated array the update.
+
+        What a collective in it brings goes past the cores.
+        """
+        if root.opcode == "tuple":
+            return sum(self._written(inner[name], inner) for name in root.operands)
+        if root.opcode == "dynamic-update-slice":
+            return num_bytes(inner[root.operands[1]].shape)
+        if root.opcode == "parameter" or root.opcode in COLLECTIVES:
+            return 0
+        if root.opcode == "bitcast" and root.operands[0] in inner:
+            return self._written(inner[root.operands[0]], inner)
+        if root.opcode == "fusion":
+            within = self._computations[root.called["calls"][0]]
+            return self._written(root_of(within), within)
+        return num_bytes(root.shape)
 
 
 def _source(instruction: Instruction) -> str:
@@ -288,35 +323,15 @@ def _in_hbm(instruction: Instruction) -> int:
     return 0 if elsewhere else num_bytes(instruction.shape)
 
 
-def _read(parameter: Instruction, inner: Computation) -> int:
-    """Return the bytes that a fusion reads of an operand, of which it may use a slice alone."""
-    users = [found for found in inner.values() if parameter.name in found.operands]
-    if users and all(user.opcode == "bitcast" for user in users):
-        return max(_read(user, inner) for user in users)
-    if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-        return sum(num_bytes(user.shape) for user in users)
-    if all(_passes(user, parameter.name) for user in users):
-        return 0
-    return num_bytes(parameter.shape)
+def _parameters(inner: Computation) -> dict[int, Instruction]:
+    """Return the parameters of a computation by number."""
+    return {int(one.operands[0]): one for one in inner.values() if one.opcode == "parameter"}
 
 
 def _passes(user: Instruction, name: str) -> bool:
     """Tell whether an instruction hands a value on without reading it."""
     updated = user.opcode == "dynamic-update-slice" and user.operands[0] == name
     return updated or user.opcode == "tuple"
-
-
-def _written(root: Instruction, inner: Computation) -> int:
-    """Return the bytes that a fusion writes; of an updated array, the update."""
-    if root.opcode == "tuple":
-        return sum(_written(inner[name], inner) for name in root.operands)
-    if root.opcode == "dynamic-update-slice":
-        return num_bytes(inner[root.operands[1]].shape)
-    if root.opcode == "parameter":
-        return 0
-    if root.opcode == "bitcast" and root.operands[0] in inner:
-        return _written(inner[root.operands[0]], inner)
-    return num_bytes(root.shape)
 
 
 def _copy(instruction: Instruction, around: Computation) -> list[Event]:

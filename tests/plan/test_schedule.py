@@ -66,8 +66,37 @@ def test_a_fusion_reads_the_slice_it_uses_and_writes_the_update_it_makes() -> No
     events = read_schedule(program(*lines, before=before))
     fusion = events[-1]
     assert isinstance(fusion, Operation)
-    # The stack has two users, so it counts whole when read; of what is written, the update.
-    assert fusion.hbm_bytes == (8 + 1) * 64 * 64 * 2 + 4
+    # Of what is read, the slice; of what is written, the update.
+    assert fusion.hbm_bytes == (1 + 1) * 64 * 64 * 2 + 4
+
+
+def test_a_fusion_in_a_fusion_reads_a_slice_and_a_collective_in_it_writes_nothing() -> None:
+    before = """%cut (stack: bf16[8,64,64], at: s32[]) -> bf16[1,64,64] {
+  %stack = bf16[8,64,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = bf16[1,64,64]{2,1,0} dynamic-slice(%stack, %at, %zero, %zero), dynamic_slice_sizes={1,64,64}
+}
+
+%inner (stack: bf16[8,64,64], at: s32[], part: bf16[16,64]) -> (bf16[1,64,64], bf16[64,64]) {
+  %stack = bf16[8,64,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %part = bf16[16,64]{1,0} parameter(2)
+  %one = bf16[1,64,64]{2,1,0} fusion(%stack, %at), kind=kLoop, calls=%cut
+  %all = bf16[64,64]{1,0} all-gather(%part), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %both = (bf16[1,64,64]{2,1,0}, bf16[64,64]{1,0}) tuple(%one, %all)
+}
+"""
+    lines = (
+        "%stack = bf16[8,64,64]{2,1,0} broadcast(%p), dimensions={1,2}",
+        "%at = s32[] constant(3)",
+        "%part = bf16[16,64]{1,0} slice(%p), slice={[0:16], [0:64]}",
+        "%f = (bf16[1,64,64]{2,1,0}, bf16[64,64]{1,0}) fusion(%stack, %at, %part), kind=kLoop, "
+        "calls=%inner",
+    )
+    events = read_schedule(program(*lines, before=before))
+    fusion = [event for event in events if isinstance(event, Operation)][-1]
+    assert fusion.hbm_bytes == (1 + 1) * 64 * 64 * 2 + 4 + 16 * 64 * 2
 
 
 def test_a_collective_is_waited_for_at_once_or_where_it_ends() -> None:
