@@ -122,6 +122,8 @@ def real_planner(runs: Sequence[Run], **compiling: Any) -> Planned:
 
     def predict(run: Run, shares: Shares) -> Prediction:
         job, compiled = programs[run.id]
+        if not compiled.has_room:
+            return Prediction(closed_seconds(run, shares), False, compiled.needed_bytes, "memory")
         line = predict_step(job, compiled, shares=shares, is_causal=not run.full_square_attention)
         # Copies to the host and back hide behind computation, as far as there is enough of it.
         copied = 2 * run.extra_host_bytes + sum(
@@ -130,7 +132,8 @@ def real_planner(runs: Sequence[Run], **compiling: Any) -> Planned:
         rate = run.chip.host_bytes_per_second / run.chip.devices_per_chip
         return Prediction(
             seconds=max(line.seconds, copied / rate),
-            fits=compiled.needed_bytes <= run.chip.hbm_bytes_per_device,
+            # The compiler would have refused; its sum counts some of its heap twice.
+            fits=True,
             bytes=compiled.needed_bytes,
             bound="host" if copied / rate > line.seconds else line.bound,
         )
@@ -166,17 +169,18 @@ def compile_runs(
                 options = tuple(pair for pair in job.options if pair[0] != refused)
                 again[dataclasses.replace(job, options=options)] = waiting[job]
                 outcome = f"the compiler knows no option {refused}; left out"
-            elif compiled.has_room:
-                programs.update(dict.fromkeys(ids, (job, compiled)))
-                outcome = f"compiled in {compiled.compile_seconds:.0f} s"
-            elif not compiled.error and not job.config.train.loss_chunk_tokens:
+            elif compiled.error:
+                outcome = compiled.error
+                reasons.update(dict.fromkeys(ids, outcome))
+            elif not compiled.has_room and not job.config.train.loss_chunk_tokens:
                 train = dataclasses.replace(job.config.train, loss_chunk_tokens=CHUNK_TOKENS)
                 config = dataclasses.replace(job.config, train=train)
                 again[dataclasses.replace(job, config=config)] = waiting[job]
                 outcome = "no room for all logits; in parts"
             else:
-                outcome = compiled.error or f"no room for {compiled.needed_bytes / GIB:.1f} GiB"
-                reasons.update(dict.fromkeys(ids, outcome))
+                programs.update(dict.fromkeys(ids, (job, compiled)))
+                found = "" if compiled.has_room else f", no room for {compiled.needed_bytes} bytes"
+                outcome = f"compiled in {compiled.compile_seconds:.0f} s{found}"
             done = len(programs) + len(reasons)
             print(f"{done}/{len(runs)}  {', '.join(ids)}: {outcome}", file=sys.stderr, flush=True)
         waiting = again

@@ -196,15 +196,14 @@ def test_what_only_the_published_program_offloads_is_waited_for(
     row = next(row for row in read_rows(FILE) if row.id == id)
     run = to_run(row)
     assert isinstance(run, Run)
-    room = run.chip.hbm_bytes_per_device
     seen = []
 
     def step(job: Any, compiled: Any, *, shares: Any, is_causal: bool) -> timeline.Timeline:
         seen.append(is_causal)
         return timeline.Timeline(1.0, {"ICI": 1.0, "host": 0.0}, {}, (), 0.0)
 
-    def predicted(needed_bytes: int) -> Prediction:
-        outcome = compile.Compiled("a program", needed_bytes, 0, 0, 0, 1.0)
+    def predicted(text: str | None) -> Prediction:
+        outcome = compile.Compiled(text, 2**30, 0, 0, 0, 1.0)
 
         def compile_all(jobs: Sequence[Any], *, num_processes: int) -> list[Any]:
             return [(job, outcome) for job in jobs]
@@ -215,11 +214,12 @@ def test_what_only_the_published_program_offloads_is_waited_for(
 
     monkeypatch.setattr(predict, "predict_step", step)
     copies = 2 * run.extra_host_bytes / (run.chip.host_bytes_per_second / 2)
-    at_most = predicted(room)
-    assert (at_most.fits, at_most.bytes) == (True, room)
-    assert at_most.seconds == pytest.approx(max(1.0, copies))
-    assert at_most.bound == ("host" if copies else "ICI")
-    assert not predicted(room + 1).fits
+    found = predicted("a program")
+    assert (found.fits, found.bytes) == (True, 2**30)
+    assert found.seconds == pytest.approx(max(1.0, copies))
+    assert found.bound == ("host" if copies else "ICI")
+    without_room = predicted(None)
+    assert not without_room.fits and without_room.seconds > 1
     assert set(seen) == {id.startswith("tpu7x")}
 
 

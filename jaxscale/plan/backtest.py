@@ -16,6 +16,7 @@ from jaxscale.plan import roofline, score
 from jaxscale.plan.published import Run, Skipped
 from jaxscale.plan.rank import network
 from jaxscale.plan.score import Errors, Prediction
+from jaxscale.plan.shares import SHARES, Shares
 from jaxscale.plan.space import candidate
 from jaxscale.plan.torus import parse_topology
 
@@ -81,11 +82,12 @@ class Result:
         return [run.id for run, p in pairs if run.row.completeness == "A" and not p.fits]
 
 
-def closed_seconds(run: Run) -> float:
+def closed_seconds(run: Run, shares: Shares = SHARES) -> float:
     """Return the seconds of a run's step from shapes and data sheets alone, without a compiler."""
     slice_ = parse_topology(run.topology, run.num_slices)
     placed = network(run.config.mesh, slice_)
-    return roofline.closed_seconds(candidate(run.config, slice_), slice_.chip, placed).total
+    part = candidate(run.config, slice_)
+    return roofline.closed_seconds(part, slice_.chip, placed, shares).total
 
 
 def counts(run: Run) -> bool:

@@ -201,6 +201,8 @@ class _Reader:
             if kind not in COLLECTIVES:
                 continue
             collective = collective_of(call, inner, self._mesh)
+            if kind == "all-reduce" and _is_cut(call, inner):
+                collective = dataclasses.replace(collective, kind="reduce-scatter")
             chain = re.search(r'chain_id="(\w+)"', call.attributes)
             key = f"chain {chain[1]}" if chain else instruction.name
             if "AsyncCollectiveStart" in targets:
@@ -321,6 +323,15 @@ def _in_hbm(instruction: Instruction) -> int:
     """Return the bytes of a value that lies in the device's memory; 0 where it does not."""
     elsewhere = VMEM in instruction.shape or HOST in instruction.shape
     return 0 if elsewhere else num_bytes(instruction.shape)
+
+
+def _is_cut(call: Instruction, inner: Computation) -> bool:
+    """Tell whether a fusion keeps a device's part of a sum alone, and so scatters it."""
+    users = [found for found in inner.values() if call.name in found.operands]
+    return bool(users) and all(
+        user.opcode == "dynamic-slice" or (user.opcode == "bitcast" and _is_cut(user, inner))
+        for user in users
+    )
 
 
 def _parameters(inner: Computation) -> dict[int, Instruction]:

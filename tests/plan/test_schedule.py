@@ -117,6 +117,22 @@ def test_a_collective_is_waited_for_at_once_or_where_it_ends() -> None:
     assert sent.collective.payload_bytes == 64 * 64 * 2
 
 
+def test_a_sum_of_which_a_device_keeps_its_part_is_a_reduce_scatter() -> None:
+    before = f"""{SUM}
+%cut (p: bf16[64,64]) -> bf16[16,64] {{
+  %p0 = bf16[64,64]{{1,0}} parameter(0)
+  %all = bf16[64,64]{{1,0}} all-reduce(%p0), replica_groups={{{{0,1,2,3}}}}, to_apply=%sum
+  %at = s32[] constant(16)
+  %zero = s32[] constant(0)
+  ROOT %own = bf16[16,64]{{1,0}} dynamic-slice(%all, %at, %zero), dynamic_slice_sizes={{16,64}}
+}}
+"""
+    line = "%f = bf16[16,64]{1,0} fusion(%p), kind=kCustom, calls=%cut"
+    sends = [e for e in read_schedule(program(line, before=before)) if isinstance(e, Send)]
+    assert [sent.collective and sent.collective.kind for sent in sends] == ["reduce-scatter"]
+    assert sends[0].collective and sends[0].collective.payload_bytes == 64 * 64 * 2
+
+
 CHAIN = """%begin (p: bf16[16,64]) -> (bf16[16,64], bf16[64,64]) {
   %p0 = bf16[16,64]{1,0} parameter(0)
   %g = bf16[64,64]{1,0} all-gather(%p0), replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="7"}
