@@ -27,13 +27,15 @@ from jaxscale.plan.torus import Slice
 COMMAND = (sys.executable, "-m", "jaxscale.plan.child")
 # What a step is traced by: a change in any of it makes another program.
 CODE = ("model", "parallel", "train", "optimizer.py", "muon.py", "adafactor.py")
-SECTIONS = ("model", "mesh", "rules", "optimizer")
+SECTIONS = ("model", "mesh", "rules")
 TRACED = {
     "data": ("length", "document_mask"),
     "train": (
         *("global_batch_size", "accumulation_steps", "pipeline_rounds", "loss_chunk_tokens"),
         *("offload", "gradient_reduce_dtype", "loss_scale"),
     ),
+    # Numbers that are only multiplied by change no cost.
+    "optimizer": ("name", "schedule", "moment_dtype", "weight_decay", "clip_norm"),
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 TIMEOUT_SECONDS = 1800.0

@@ -68,6 +68,11 @@ def plan(args: argparse.Namespace) -> int:
     config = resolve(needed_config(args))
     from rich.console import Console
 
+    from jaxscale import runtime
+
+    # No device is asked for anything, least of all one that is only described.
+    runtime.fake_devices(args.devices or "cpu:1")
+    runtime.set_jax_flags()
     from jaxscale.plan import table
     from jaxscale.plan.run import Plan, Request, to_rows
     from jaxscale.train.preemption import StopRequest
