@@ -4,7 +4,7 @@ One idea: a step's peak is in one of few phases, and each has its own list of wh
 In the backward pass of a block: what the forward pass kept, the gradients so far, one block's
 working set, and what the loss still owes its head. At the loss: all that is kept, and the logits.
 At the end: all gradients, those of the embedding and the head whole, before they are summed and
-cut. Pipelines have a fourth, their forward pass. The lists were read off the TPU compiler's buffers.
+cut. A pipeline has its forward pass too. The lists were read off the TPU compiler's buffers.
 """
 
 # t tokens of a device, D width, F hidden, N heads, K kv heads, H head dim, V vocab
