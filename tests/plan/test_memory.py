@@ -148,6 +148,8 @@ def test_a_pipeline_keeps_every_tick_and_gathers_its_stage() -> None:
     assert step.forward().activations == (11 * 8 + 2 * 8) * stream
     assert step.forward().workspace > 8 * step.part.state.whole_block * 2
     assert step.part.loss_tokens == 8 * step.part.tokens
+    # The gradients of a tick, and their sum.
+    assert step.backward().gradients == 2 * step.part.state.blocks * 4
 
 
 def test_the_parts_add_up() -> None:
