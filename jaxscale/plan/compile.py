@@ -26,7 +26,11 @@ from jaxscale.plan.torus import Slice
 
 COMMAND = (sys.executable, "-m", "jaxscale.plan.child")
 # What a step is traced by: a change in any of it makes another program.
-CODE = ("model", "parallel", "train", "optimizer.py", "muon.py", "adafactor.py")
+CODE = (
+    *("model", "optimizer.py", "muon.py", "adafactor.py"),
+    *(f"parallel/{name}.py" for name in ("mesh", "sharding", "host_memory", "pipeline")),
+    *(f"train/{name}.py" for name in ("state", "step", "loss_scale")),
+)
 SECTIONS = ("model", "mesh", "rules")
 TRACED = {
     "data": ("length", "document_mask"),
