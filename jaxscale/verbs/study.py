@@ -70,9 +70,7 @@ def plan(args: argparse.Namespace) -> int:
 
     from jaxscale import runtime
 
-    # No device is asked for anything, least of all one that is only described.
-    runtime.fake_devices(args.devices or "cpu:1")
-    runtime.set_jax_flags()
+    runtime.stay_on_host()
     from jaxscale.plan import table
     from jaxscale.plan.run import Plan, Request, to_rows
     from jaxscale.train.preemption import StopRequest

@@ -32,6 +32,7 @@ def seconds(
     topology: str = "v6e:16x16", shares: Shares = PEAK, num_slices: int = 1, **knobs: Any
 ) -> Roofline:
     slice_ = parse_topology(topology, num_slices)
+    knobs = {"train__gradient_reduce_dtype": "float32", **knobs}
     found = candidate(config(**knobs, mesh__num_slices=num_slices), slice_)
     grid = device_grid(found.config.mesh, described_devices(slice_))
     return closed_seconds(found, slice_.chip, Network(slice_, grid), shares)
