@@ -91,7 +91,9 @@ class Compiled:
 
     Attributes:
       text: of the scheduled program; None where it has no room in the device's memory, or failed.
-      needed_bytes: arguments, results and temporaries, what shares memory once.
+      needed_bytes: arguments, results and temporaries, what shares memory once; the TPU compiler
+        counts holes between temporaries twice in it.
+      peak_bytes: the most that is alive at a time.
       argument_bytes: of that, inputs, the state included.
       temporary_bytes: of that, the most that neither inputs nor results take at a time.
       host_bytes: in host memory.
@@ -102,6 +104,7 @@ class Compiled:
 
     text: str | None
     needed_bytes: int
+    peak_bytes: int
     argument_bytes: int
     temporary_bytes: int
     host_bytes: int
@@ -198,9 +201,11 @@ def _compile(job: Job, *, stop: Stop) -> Compiled:
 def _from_report(report: dict[str, Any], text: str | None, *, is_known: bool) -> Compiled:
     arguments, temporary = report.get("argument_bytes", 0), report.get("temporary_bytes", 0)
     results = report.get("output_bytes", 0) - report.get("alias_bytes", 0)
+    needed = report.get("needed_bytes", arguments + temporary + results)
     return Compiled(
         text=text,
-        needed_bytes=report.get("needed_bytes", arguments + temporary + results),
+        needed_bytes=needed,
+        peak_bytes=report.get("peak_bytes", needed),
         argument_bytes=arguments,
         temporary_bytes=temporary,
         host_bytes=report.get("host_bytes", 0),

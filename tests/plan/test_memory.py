@@ -163,10 +163,10 @@ def test_the_parts_add_up() -> None:
 def test_bytes_are_near_the_compilers(tpu_devices: list[Any]) -> None:
     """Twenty configurations, `tiny` to `8b`, on 1 to 256 chips."""
     del tpu_devices
+    cases = list(generated(20, seed=0))
     whole, peak = [], []
-    for found, slice_ in generated(20, seed=0):
+    for (found, slice_), (compiled, alive) in zip(cases, compiled_bytes(cases), strict=True):
         closed = closed_bytes(candidate(found, slice_))
-        compiled, alive = compiled_bytes(found, slice_)
         whole.append(abs(closed.total / compiled - 1))
         peak.append(abs(closed.live / alive - 1))
     assert statistics.median(whole) <= MEDIAN_ERROR, whole
