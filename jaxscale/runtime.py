@@ -68,6 +68,13 @@ def fake_devices(spec: str) -> None:
             raise ConfigError(f"--devices={spec}: JAX already runs with {found}") from None
 
 
+def stay_on_host() -> None:
+    """Keep JAX from looking for accelerators, for what only plans for them."""
+    set_jax_flags()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+
+
 def cache_root() -> pathlib.Path:
     """Return the folder for all that can be made again: $JAXSCALE_CACHE, else ~/.cache/jaxscale."""
     root = os.environ.get("JAXSCALE_CACHE")

@@ -123,7 +123,7 @@ def real_planner(runs: Sequence[Run], **compiling: Any) -> Planned:
     def predict(run: Run, shares: Shares) -> Prediction:
         job, compiled = programs[run.id]
         if not compiled.has_room:
-            return Prediction(closed_seconds(run, shares), False, compiled.needed_bytes, "memory")
+            return Prediction(closed_seconds(run, shares), False, compiled.peak_bytes, "memory")
         line = predict_step(job, compiled, shares=shares, is_causal=not run.full_square_attention)
         # Copies to the host and back hide behind computation, as far as there is enough of it.
         copied = 2 * run.extra_host_bytes + sum(
@@ -132,9 +132,8 @@ def real_planner(runs: Sequence[Run], **compiling: Any) -> Planned:
         rate = run.chip.host_bytes_per_second / run.chip.devices_per_chip
         return Prediction(
             seconds=max(line.seconds, copied / rate),
-            # The compiler would have refused; its sum counts some of its heap twice.
             fits=True,
-            bytes=compiled.needed_bytes,
+            bytes=compiled.peak_bytes,
             bound="host" if copied / rate > line.seconds else line.bound,
         )
 

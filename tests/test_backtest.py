@@ -169,7 +169,7 @@ def test_options_and_logits_that_the_compiler_refuses(
             error, text = "it broke", ""
         elif job.config.model.vocab_size > 100_000 and not job.config.train.loss_chunk_tokens:
             text = ""
-        return compile.Compiled(text or None, 2**30, 0, 0, 0, 1.0, error)
+        return compile.Compiled(text or None, 2**30, 2**30, 0, 0, 0, 1.0, error)
 
     def compile_all(jobs: Sequence[Any], *, num_processes: int) -> list[Any]:
         return [(job, outcome(job)) for job in jobs]
@@ -203,7 +203,7 @@ def test_what_only_the_published_program_offloads_is_waited_for(
         return timeline.Timeline(1.0, {"ICI": 1.0, "host": 0.0}, {}, (), 0.0)
 
     def predicted(text: str | None) -> Prediction:
-        outcome = compile.Compiled(text, 2**30, 0, 0, 0, 1.0)
+        outcome = compile.Compiled(text, 2**30, 2**30, 0, 0, 0, 1.0)
 
         def compile_all(jobs: Sequence[Any], *, num_processes: int) -> list[Any]:
             return [(job, outcome) for job in jobs]

@@ -57,6 +57,7 @@ def _compile(config: Config, request: dict[str, Any]) -> dict[str, Any]:
         "output_bytes": memory.output_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
         "host_bytes": memory.host_argument_size_in_bytes
         + memory.host_output_size_in_bytes
         - memory.host_alias_size_in_bytes

@@ -27,16 +27,20 @@ from jaxscale.plan.words import refused_option
 
 COMMAND = (sys.executable, "-m", "jaxscale.plan.child")
 # What a step is traced by: a change in any of it makes another program.
-CODE = ("model", "parallel", "train", "optimizer.py", "muon.py", "adafactor.py")
-# Among it, what only reads compiled programs.
-READERS = ("parallel/hlo.py", "parallel/program.py")
-SECTIONS = ("model", "mesh", "rules", "optimizer")
+CODE = (
+    *("model", "optimizer.py", "muon.py", "adafactor.py"),
+    *(f"parallel/{name}.py" for name in ("mesh", "sharding", "host_memory", "pipeline")),
+    *(f"train/{name}.py" for name in ("state", "step", "loss_scale")),
+)
+SECTIONS = ("model", "mesh", "rules")
 TRACED = {
     "data": ("length", "document_mask"),
     "train": (
         *("global_batch_size", "accumulation_steps", "pipeline_rounds", "loss_chunk_tokens"),
         *("offload", "gradient_reduce_dtype", "loss_scale"),
     ),
+    # Numbers that are only multiplied by change no cost.
+    "optimizer": ("name", "schedule", "moment_dtype", "weight_decay", "clip_norm"),
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 TIMEOUT_SECONDS = 1800.0
@@ -73,8 +77,7 @@ class Job:
 def _code() -> str:
     folder = pathlib.Path(__file__).resolve().parents[1]
     files = [f for name in CODE for f in [folder / name, *sorted((folder / name).rglob("*.py"))]]
-    traced = [f for f in files if f.is_file() and f.relative_to(folder).as_posix() not in READERS]
-    contents = [file.read_bytes() for file in traced]
+    contents = [file.read_bytes() for file in files if file.is_file()]
     return hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
@@ -89,7 +92,9 @@ class Compiled:
 
     Attributes:
       text: of the scheduled program; None where it has no room in the device's memory, or failed.
-      needed_bytes: arguments, results and temporaries, what shares memory once.
+      needed_bytes: arguments, results and temporaries, what shares memory once; the TPU compiler
+        counts holes between temporaries twice in it.
+      peak_bytes: the most that is alive at a time.
       argument_bytes: of that, inputs, the state included.
       temporary_bytes: of that, the most that neither inputs nor results take at a time.
       host_bytes: in host memory.
@@ -100,6 +105,7 @@ class Compiled:
 
     text: str | None
     needed_bytes: int
+    peak_bytes: int
     argument_bytes: int
     temporary_bytes: int
     host_bytes: int
@@ -197,9 +203,11 @@ def _compile(job: Job, *, stop: Stop) -> Compiled:
 def _from_report(report: dict[str, Any], text: str | None, *, is_known: bool) -> Compiled:
     arguments, temporary = report.get("argument_bytes", 0), report.get("temporary_bytes", 0)
     results = report.get("output_bytes", 0) - report.get("alias_bytes", 0)
+    needed = report.get("needed_bytes", arguments + temporary + results)
     return Compiled(
         text=text,
-        needed_bytes=report.get("needed_bytes", arguments + temporary + results),
+        needed_bytes=needed,
+        peak_bytes=report.get("peak_bytes", needed),
         argument_bytes=arguments,
         temporary_bytes=temporary,
         host_bytes=report.get("host_bytes", 0),

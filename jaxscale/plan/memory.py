@@ -1,10 +1,10 @@
 """Bytes that a training step needs of each device, from shapes and rules alone.
 
-One idea: a step's peak is in one of three phases, and each has its own list of what must be alive.
+One idea: a step's peak is in one of few phases, and each has its own list of what must be alive.
 In the backward pass of a block: what the forward pass kept, the gradients so far, one block's
 working set, and what the loss still owes its head. At the loss: all that is kept, and the logits.
 At the end: all gradients, those of the embedding and the head whole, before they are summed and
-cut. The lists were read off the TPU compiler's buffers; `compile` gives its own figure.
+cut. A pipeline has its forward pass too. The lists were read off the TPU compiler's buffers.
 """
 
 # t tokens of a device, D width, F hidden, N heads, K kv heads, H head dim, V vocab
@@ -15,8 +15,8 @@ from jaxscale.plan.part import FLOAT32, device_part
 from jaxscale.plan.space import Candidate
 from jaxscale.train.state import BATCH_DTYPES
 
-# The compiler finds no place for buffers without holes between them, and its figure counts these
-# holes twice: so much more than what is alive at the peak.
+# The compiler's `temp_size_in_bytes` counts a second time what of its heap lies idle, or in a
+# loop's hands, where the program outside of loops is largest: on average so much of what is alive.
 HOLES = 0.25
 # Of a chip's vector memory, what holds a block's activations.
 VECTOR_MEMORY = 2**26
@@ -34,7 +34,6 @@ class Bytes:
       gradients: of all parameters, and their sums over microbatches.
       logits: of the tokens whose loss is computed together, and what their head needs.
       workspace: of one block forward and backward, with its gathered weights.
-      holes: between the buffers, as the compiler counts them.
     """
 
     params: float
@@ -52,17 +51,17 @@ class Bytes:
 
     @property
     def holes(self) -> float:
-        """What the compiler counts for holes between buffers."""
+        """What `program_bytes` has on top on a TPU; no device needs it."""
         return HOLES * self.temporaries
 
     @property
     def live(self) -> float:
-        """All without the holes."""
+        """All that is alive at the peak: what a device must have, within some percent."""
         return self.params + self.optimizer + self.batch + self.temporaries
 
     @property
     def total(self) -> float:
-        """The bytes of the step, as the compiler adds them up."""
+        """The bytes of the step as `program_bytes` would have them."""
         return self.live + self.holes
 
 

@@ -27,19 +27,24 @@ def predict_step(
       ConfigError: the program calls a kernel whose time nobody knows.
     """
     assert compiled.text is not None
-    events = _events(compiled.text, job)
+    prices = prices_of(job, shares=shares, is_causal=is_causal)
+    return predict(schedule_of(compiled.text, job), prices)
+
+
+def prices_of(job: Job, *, shares: Shares = SHARES, is_causal: bool = True) -> Prices:
+    """Return what a job's events cost on its slice."""
     config = job.config
-    prices = Prices(
+    return Prices(
         chip=job.slice.chip,
         shares=shares,
         network=_network(config, job.slice),
         attention=Attention(config.data.length, config.model.attention_window, is_causal),
     )
-    return predict(events, prices)
 
 
 @functools.lru_cache(maxsize=64)
-def _events(text: str, job: Job) -> tuple[Event, ...]:
+def schedule_of(text: str, job: Job) -> tuple[Event, ...]:
+    """Return the events of a job's program."""
     return read_schedule(text, abstract_mesh(job.config.mesh, job.slice.num_devices))
 
 

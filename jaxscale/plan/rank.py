@@ -62,7 +62,7 @@ class Row:
     Attributes:
       candidate: the config.
       known_by: how it is known: by the closed form, compiled, or compiled as training does.
-      needed_bytes: of device memory.
+      needed_bytes: of device memory, the most that is alive at a time.
       available_bytes: that a device has.
       seconds: predicted, of a step; nan where it does not fit.
       tokens_per_second_per_chip: predicted.
@@ -87,8 +87,10 @@ class Row:
 
     @property
     def fits(self) -> bool:
-        """Whether it has room on a device, and could be compiled."""
-        return not self.error and self.needed_bytes <= self.available_bytes
+        """Whether it has room on a device: the compiler decides, or else the closed form."""
+        if self.known_by == CLOSED_FORM:
+            return self.needed_bytes <= self.available_bytes
+        return self.timeline is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _various(rows: Sequence[Row], count: int) -> list[Row]:
 def closed_row(candidate: Candidate, slice_: Slice) -> Row:
     """Return what the closed form says of a candidate."""
     roofline = closed_seconds(candidate, slice_.chip, network(candidate.config.mesh, slice_))
-    needed = int(closed_bytes(candidate).total)
+    needed = int(closed_bytes(candidate).live)
     return _row(candidate, slice_, CLOSED_FORM, needed, roofline.total, bound=roofline.bound)
 
 
@@ -250,7 +252,7 @@ def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, known_by: 
         candidate,
         job.slice,
         known_by,
-        compiled.needed_bytes,
+        compiled.peak_bytes,
         seconds,
         bound=bound,
         compile_seconds=compiled.compile_seconds,
@@ -285,7 +287,7 @@ def smallest_slice(config: Config, options: Options) -> Slice | None:
             continue
         slice_ = dataclasses.replace(options.slice, shape=shape)
         other = dataclasses.replace(options, slice=slice_)
-        bytes_ = (closed_bytes(candidate).total for candidate in _choices(config, other))
+        bytes_ = (closed_bytes(candidate).live for candidate in _choices(config, other))
         if any(needed <= chip.hbm_bytes_per_device for needed in bytes_):
             return slice_
     return None

@@ -12,6 +12,7 @@ the last reduction. A pipeline's bubble stretches all of it.
 import dataclasses
 import functools
 
+from jaxscale.config import OFFLOAD
 from jaxscale.hardware import Chip
 from jaxscale.parallel.mesh import AnyMesh
 from jaxscale.parallel.pipeline import bubble_share
@@ -132,8 +133,12 @@ def _compute_seconds(part: DevicePart, chip: Chip, shares: Shares) -> float:
 
 def _is_kept(part: DevicePart, name: str) -> bool:
     """Tell whether a matmul's result needs no second computation, kept or never asked for."""
-    kept = {entry.rpartition(":")[2] for entry in part.kept_names}
-    return name == "down" or name in kept
+    return name == "down" or name in part.kept_names or OFFLOAD + name in part.kept_names
+
+
+def _is_attended_again(part: DevicePart) -> bool:
+    """Tell whether layers that recompute run the attention kernel forward again."""
+    return not _is_kept(part, "context")
 
 
 def _kernel_seconds(part: DevicePart, chip: Chip, shares: Shares) -> float:
@@ -148,8 +153,7 @@ def _kernel_seconds(part: DevicePart, chip: Chip, shares: Shares) -> float:
         # The others wait for the device with the last tokens, which see the most keys.
         seen = min(seen * (2 - 1 / part.length_shards), L)
     scores = part.tokens * seen * part.heads
-    is_again = not ({"context", "offload:context"} & part.kept_names) and model.remat != "none"
-    again = part.remat_layers if is_again else 0
+    again = part.remat_layers if _is_attended_again(part) else 0
     matmuls = part.layers * (FORWARD_MATMULS + BACKWARD_MATMULS) + again * FORWARD_MATMULS
     passes = part.layers * (FORWARD_PASSES + BACKWARD_PASSES) + again * FORWARD_PASSES
     # Of a matrix unit, a head fills as many rows as it has features.
@@ -212,6 +216,7 @@ class _Traffic:
         # Over which devices hold the same shard of a weight, and other tokens.
         tokens = (*axes["batch"], *self.length)
         self.replicas = tuple(axis for axis in tokens if axis not in self.fsdp)
+        self.remat_share = part.remat_layers / part.layers
         self.reduce_itemsize = ITEMSIZES[candidate.rules.reduce_dtype]
 
     def gather(self, elements: float) -> Seconds:
@@ -221,16 +226,15 @@ class _Traffic:
     def reduce(self, elements: float, *, all_replicas: bool) -> Seconds:
         """Return the sum of a gradient over devices, which ends in the weights' shards.
 
-        Over more than one torus dimension the TPU compiler takes an all-reduce for it.
+        One reduce-scatter where that is all and lies on one torus dimension; otherwise the TPU
+        compiler takes one all-reduce over all devices and cuts its result.
         """
-        payload = elements * self.reduce_itemsize
-        several = bool(self.fsdp) and self.network.spans_several_dims(self.fsdp)
-        kind = "all-reduce" if several else "reduce-scatter"
-        own = self.network.seconds(kind, self.fsdp, payload) if self.fsdp else Seconds()
-        if not all_replicas or not self.replicas:
-            return own
-        shards = self.network.group(self.fsdp).num_devices if self.fsdp else 1
-        return own + self.network.seconds("all-reduce", self.replicas, payload / shards)
+        axes = (*self.fsdp, *(self.replicas if all_replicas else ()))
+        if not axes:
+            return Seconds()
+        is_plain = axes == self.fsdp and not self.network.spans_several_dims(axes)
+        kind = "reduce-scatter" if is_plain else "all-reduce"
+        return self.network.seconds(kind, axes, elements * self.reduce_itemsize)
 
     def sums(self, axes: tuple[str, ...]) -> Seconds:
         """Return the all-reduce of a partial sum of the residual stream."""
@@ -238,30 +242,31 @@ class _Traffic:
         return self.network.seconds("all-reduce", axes, payload) if axes else Seconds()
 
     def tensor(self) -> Seconds:
-        """Return what a layer sends of partial sums, forward and backward."""
-        is_kept = _is_kept(self.part, "attention_out")
-        again = 0.0 if is_kept else self.part.remat_layers / self.part.layers
-        return self.sums(self.heads) * (2 + again) + self.sums(self.hidden) * 2
+        """Return what a layer sends of partial sums.
+
+        Forward one of attention and one of the MLP, backward one of each matmul that they enter by.
+        """
+        again = 0.0 if _is_kept(self.part, "attention_out") else self.remat_share
+        ways = 2 if self.model.mlp == "gated" else 1
+        return self.sums(self.heads) * (1 + again + 3) + self.sums(self.hidden) * (1 + ways)
 
     def sequence(self) -> Seconds:
         """Return what a layer sends so that its tokens see the others' keys and values."""
         if not self.length:
             return Seconds()
-        part, model = self.part, self.model
-        rows = part.rows * model.head_dim * part.itemsize
-        own = part.tokens * model.head_dim * part.itemsize
+        part, model, network = self.part, self.model, self.network
+        again = self.remat_share if _is_attended_again(part) else 0.0
+        head = part.tokens * model.head_dim * part.itemsize
         if model.sequence_attention == "all_gather":
-            whole = 2 * rows * part.length * part.kv_heads
-            gathers = 2 if model.remat != "none" else 1
-            forward = self.network.seconds("all-gather", self.length, whole) * gathers
-            return forward + self.network.seconds("reduce-scatter", self.length, whole)
+            whole = 2 * head * part.length_shards * part.kv_heads
+            gather = network.seconds("all-gather", self.length, whole)
+            return gather * (1 + again) + network.seconds("all-reduce", self.length, whole)
         if model.sequence_attention == "ring":
-            pair = 2 * own * part.kv_heads
-            step = self.network.seconds("collective-permute", self.length, pair)
-            # Backward their gradients go round too, in float32.
-            return step * (part.length_shards - 1) * (2 + 2)
-        heads = 2 * own * (part.heads + part.kv_heads)
-        return self.network.seconds("all-to-all", self.length, heads) * 3
+            pair = network.seconds("collective-permute", self.length, 2 * head * part.kv_heads)
+            # Backward their gradients go round with them.
+            return pair * ((part.length_shards - 1) * (1 + again + 2))
+        heads = 2 * head * (part.heads + part.kv_heads)
+        return network.seconds("all-to-all", self.length, heads) * (2 + again)
 
     def stages(self) -> Seconds:
         """Return what a microbatch takes from one stage to the next, forward and backward."""

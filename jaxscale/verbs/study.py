@@ -68,6 +68,9 @@ def plan(args: argparse.Namespace) -> int:
     config = resolve(needed_config(args))
     from rich.console import Console
 
+    from jaxscale import runtime
+
+    runtime.stay_on_host()
     from jaxscale.plan import table
     from jaxscale.plan.run import Plan, Request, to_rows
     from jaxscale.train.preemption import StopRequest

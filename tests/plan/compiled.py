@@ -1,8 +1,10 @@
 """What the TPU compiler says of a config's step, kept by the content of its program."""
 
+import concurrent.futures
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +19,8 @@ from jaxscale.train.state import abstract_batch, abstract_state, assemble
 from jaxscale.train.step import train_step
 
 CACHE = "compiled-bytes"
+# At a time, for each takes a core and some gigabytes.
+COMPILERS = 2
 
 
 def lowered_step(config: Config, slice_: Slice) -> Any:
@@ -46,9 +50,17 @@ def content_key(lowered: Any, slice_: Slice) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def compiled_bytes(config: Config, slice_: Slice) -> tuple[int, int]:
-    """Return the bytes of a step on each device: as `program_bytes` has them, and at the peak."""
-    lowered = lowered_step(config, slice_)
+def compiled_bytes(cases: Iterable[tuple[Config, Slice]]) -> list[tuple[int, int]]:
+    """Return each step's bytes on a device: as `program_bytes` has them, and alive at the peak."""
+    # Only the compiler runs beside itself: tracing is Python's.
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+        waiting = [
+            pool.submit(_compiled, lowered_step(config, slice_), slice_) for config, slice_ in cases
+        ]
+        return [future.result() for future in waiting]
+
+
+def _compiled(lowered: Any, slice_: Slice) -> tuple[int, int]:
     path = runtime.cache_root() / CACHE / content_key(lowered, slice_)
     if not path.exists():
         compiled = lowered.compile()

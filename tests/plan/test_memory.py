@@ -148,6 +148,8 @@ def test_a_pipeline_keeps_every_tick_and_gathers_its_stage() -> None:
     assert step.forward().activations == (11 * 8 + 2 * 8) * stream
     assert step.forward().workspace > 8 * step.part.state.whole_block * 2
     assert step.part.loss_tokens == 8 * step.part.tokens
+    # The gradients of a tick, and their sum.
+    assert step.backward().gradients == 2 * step.part.state.blocks * 4
 
 
 def test_the_parts_add_up() -> None:
@@ -161,10 +163,10 @@ def test_the_parts_add_up() -> None:
 def test_bytes_are_near_the_compilers(tpu_devices: list[Any]) -> None:
     """Twenty configurations, `tiny` to `8b`, on 1 to 256 chips."""
     del tpu_devices
+    cases = list(generated(20, seed=0))
     whole, peak = [], []
-    for found, slice_ in generated(20, seed=0):
+    for (found, slice_), (compiled, alive) in zip(cases, compiled_bytes(cases), strict=True):
         closed = closed_bytes(candidate(found, slice_))
-        compiled, alive = compiled_bytes(found, slice_)
         whole.append(abs(closed.total / compiled - 1))
         peak.append(abs(closed.live / alive - 1))
     assert statistics.median(whole) <= MEDIAN_ERROR, whole

@@ -32,6 +32,7 @@ def seconds(
     topology: str = "v6e:16x16", shares: Shares = PEAK, num_slices: int = 1, **knobs: Any
 ) -> Roofline:
     slice_ = parse_topology(topology, num_slices)
+    knobs = {"train__gradient_reduce_dtype": "float32", **knobs}
     found = candidate(config(**knobs, mesh__num_slices=num_slices), slice_)
     grid = device_grid(found.config.mesh, described_devices(slice_))
     return closed_seconds(found, slice_.chip, Network(slice_, grid), shares)
@@ -96,14 +97,54 @@ def test_gathers_and_gradients_are_the_parameters() -> None:
     assert half.ici < found.ici
 
 
+def test_an_axis_on_one_dimension_is_reduced_and_scattered() -> None:
+    knobs = {"model__remat": "full", "train__loss_chunk_tokens": 0, "data__length": 128}
+    layers = 32 * (4096 * 128 * 2 * (32 + 8) + 3 * 4096 * 14336)
+    tables = 2 * 4096 * 128256
+    alone = seconds(**{STAGE: 16, DATA: 1, FSDP: 16, "train__accumulation_steps": 16}, **knobs)
+    # A stage's layers are gathered once, and summed once; with both tables, cut by the stages.
+    sent = (2 + 4) * layers / 16 + (2 + 4) * tables / 16
+    assert alone.ici - alone.exposed == pytest.approx(sent * 15 / 16 / (2 * 90e9), rel=0.1)
+    with_replicas = seconds(**{DATA: 16, FSDP: 16}, **knobs)
+    sent = 2 * 2 * layers + 2 * tables
+    summed = 2 * 4 * (layers + tables) * 255 / 256 / (4 * 90e9)
+    expected = sent * 15 / 16 / (2 * 90e9) + summed
+    assert with_replicas.ici == pytest.approx(expected, rel=0.02)
+
+
 def test_tensor_shards_expose_their_sums() -> None:
-    """Four all-reduces of the stream in a layer, over a line of four: 6/4 of it on one link."""
+    """Seven all-reduces of the stream in a layer, over a line of four: 6/4 of it on one link.
+
+    Forward after attention and MLP; backward before query, key, value, gate and up.
+    """
     knobs = {"model__remat": "none", "train__global_batch_size": 64, "train__loss_chunk_tokens": 0}
     tensor = seconds(**{FSDP: 64, TENSOR: 4}, **knobs)
-    stream = 8192 * 4096 * 2
-    one = 2 * stream * 3 / 4 / 90e9
-    assert tensor.exposed > 4 * 32 * one
-    assert tensor.exposed == pytest.approx((4 * 32 + 2) * one, rel=0.2)
+    one = 2 * 8192 * 4096 * 2 * 3 / 4 / 90e9
+    ends = seconds(**{FSDP: 64, TENSOR: 4}, **knobs, model__num_layers=16)
+    assert tensor.exposed - ends.exposed == pytest.approx(16 * 7 * one)
+    again = seconds(**{FSDP: 64, TENSOR: 4}, **{**knobs, "model__remat": "full"})
+    assert again.exposed - tensor.exposed == pytest.approx(32 * one)
+
+
+@pytest.mark.parametrize(("remat", "again"), [("none", 0), ("full", 1), ("dots", 1), ("names", 0)])
+def test_sequence_shards_pass_their_keys_on(remat: str, again: int) -> None:
+    """Eight kv heads of 128, of 8192 tokens, over a line of four."""
+    knobs = {FSDP: 64, SEQUENCE: 4, "model__remat": remat, "train__global_batch_size": 64}
+
+    def of_a_layer(kind: str) -> float:
+        deep, flat = (
+            seconds(**knobs, model__sequence_attention=kind, model__num_layers=layers)
+            for layers in (32, 16)
+        )
+        return (deep.exposed - flat.exposed) / 16
+
+    whole = 2 * 8192 * 8 * 128 * 2
+    gathered = whole * 3 / 4 / 90e9
+    assert of_a_layer("all_gather") == pytest.approx((1 + again + 2) * gathered)
+    assert of_a_layer("ring") == pytest.approx((1 + again + 2) * 3 * whole / 4 / 90e9)
+    # Queries and results too, a fourth of each device's part on each way across the middle.
+    exchanged = 2 * 2048 * (32 + 8) * 128 * 2 * (4 / 4) / 90e9
+    assert of_a_layer("all_to_all") == pytest.approx((2 + again) * exchanged)
 
 
 def test_a_pipeline_has_its_bubble() -> None:

@@ -1,0 +1,166 @@
+"""`jaxscale plan`: one line for a mistake, a ranked table, and a command that does as it says."""
+
+import json
+import pathlib
+import shlex
+from typing import Any
+
+import pytest
+
+from jaxscale.cli import main
+from jaxscale.config import Stopped
+from jaxscale.config_source import load
+from jaxscale.plan import compile as compiling
+from jaxscale.plan.compile import Job, compile_all
+from jaxscale.plan.rank import Options, shortlist
+from jaxscale.plan.torus import parse_topology
+from jaxscale.resolve import resolve
+
+CONFIG = "--config=configs/lm.py:small,length=512,batch=16"
+FLASH = "--config.model.attention=flash"
+CLOSED = ("--topology=v5e:2x2", "--closed-form")
+
+MISTAKES = {
+    "chip": (["--topology=v7:2x2"], "no chip 'v7'; did you mean v4? There are v4, v5e"),
+    "shape": (["--topology=v6e:3x4"], "has no slice of shape '3x4'; it has 1x1, 2x2"),
+    "mesh too small": ([*CLOSED, "--meshes=fsdp=2"], "has 2 devices, and v5e:2x2 4"),
+    "mesh too large": ([*CLOSED, "--meshes=fsdp=8"], "more devices than the 4 there are"),
+    "axis": ([*CLOSED, "--meshes=expert=4"], "is not AXIS=SIZE with an axis of stage, data"),
+    "mesh does not cut the model": ([*CLOSED, "--batch=3", "--meshes=fsdp=4"], "take a batch that"),
+    "remat": ([*CLOSED, "--remat=most"], "is not one of auto, none, names, dots, full"),
+    "batch": ([*CLOSED, "--batch=many"], "--batch=many is neither auto nor a number"),
+    "both": ([*CLOSED, "--batch=auto", "--length=auto"], "one of them must be a number"),
+    "nothing fits": (
+        [*CLOSED, "--length=4194304", "--batch=4"],
+        "--topology=v5e:2x2 is too small: the leanest candidate needs",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_a_line_before_any_compile(
+    mistake: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, complaint = MISTAKES[mistake]
+    monkeypatch.setattr(compiling, "COMMAND", ("false",))
+    assert main(["plan", CONFIG, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.count("\n") == 1
+
+
+def test_what_is_too_large_is_told_with_the_smallest_slice_that_would_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["plan", "--config=configs/lm.py:8b,batch=16", "--closed-form"]
+    assert main([*arguments, "--topology=v5e:2x2"]) == 2
+    error = capsys.readouterr().err
+    name = error.split("the smallest that would be is ")[1].strip()
+    # It is so: nothing smaller does, and it does.
+    shapes = [shape.rpartition(":")[2] for shape in (name, "v5e:2x2")]
+    order = parse_topology(name).chip.topologies
+    between = order[order.index(shapes[1]) : order.index(shapes[0])]
+    for shape in between:
+        assert main([*arguments, f"--topology=v5e:{shape}"]) == 2
+    assert main([*arguments, f"--topology={name}"]) == 0
+
+
+def rows_of(file: pathlib.Path, phase: str) -> list[dict[str, Any]]:
+    """Return the rows of a result file that are of one kind."""
+    result = json.loads(file.read_text())
+    assert result["kind"] == "plan"
+    return [row for row in result["rows"] if row["phase"] == phase]
+
+
+def test_the_closed_form_ranks_and_its_command_is_the_winner(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["plan", CONFIG, FLASH, *CLOSED, "--price=1.2", f"--json={file}"]) == 0
+    text = capsys.readouterr().out
+    rows = rows_of(file, "candidate")
+    rates = [row["tokens_per_second_per_chip"] for row in rows]
+    assert rates == sorted(rates, reverse=True) and all(row["fits"] for row in rows)
+    assert {row["known_by"] for row in rows} == {"closed form"}
+    assert "closed form alone" in text and "dollars for a million tokens" in text
+    # The command, read back, is the config of the first row.
+    words = shlex.split(next(line for line in text.splitlines() if "jaxscale train" in line))
+    knobs = [word.removeprefix("--config.").partition("=") for word in words if "config." in word]
+    config = resolve(load("configs/lm.py:small,length=512,batch=16", [(k, v) for k, _, v in knobs]))
+    best = rows[0]
+    for axis, size in best["mesh"].items():
+        assert getattr(config.mesh, axis) == size
+    assert config.model.remat == best["remat"]
+    assert config.train.accumulation_steps == best["accumulation_steps"]
+
+
+@pytest.mark.parametrize("knob", ["batch", "length"])
+def test_the_boundary_fits_and_the_next_size_does_not(
+    knob: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ["plan", CONFIG, FLASH, *CLOSED, "--meshes=fsdp=4", f"--json={file}"]
+    remats = ["--remat=full", "--remat=none"]
+    assert main([*arguments, *remats, f"--{knob}=auto"]) == 0
+    assert "the most that fits" in capsys.readouterr().out
+    full, none = rows_of(file, "boundary")
+    assert full["size"] > none["size"] > 0
+    for edge in (full, none):
+        asked = [f"--remat={edge['remat']}", f"--{knob}={edge['size']}", "--top=1"]
+        assert main([*arguments, *asked]) == 0
+        (row,) = rows_of(file, "candidate")
+        assert row["needed_bytes"] <= row["available_bytes"]
+        # More microbatches make room for any batch, but not for any length.
+        asked[1] = f"--{knob}={edge['next_size']}"
+        if main([*arguments, *asked]) == 0:
+            (row,) = rows_of(file, "candidate")
+            assert not row["fits"] or row["accumulation_steps"] > 1
+
+
+def small(*knobs: tuple[str, str]) -> Any:
+    """Return a small config, resolved."""
+    overrides = [("model.attention", "flash"), ("model.num_layers", "2"), *knobs]
+    return resolve(load("configs/lm.py:tiny", overrides))
+
+
+def test_programs_are_compiled_once_by_content(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
+    monkeypatch.setenv("JAXSCALE_CACHE", str(tmp_path))
+    slice_ = parse_topology("v5e:2x2")
+    job = Job(small(("mesh.data", "4")), slice_)
+    ((_, first),) = compile_all([job])
+    assert first.has_room and not first.is_known and not first.error
+    # Nothing that leaves the program alone makes it another one.
+    monkeypatch.setattr(compiling, "COMMAND", ("false",))
+    neutral = (("train.steps", "7"), ("optimizer.learning_rate", "0.1"), ("train.log_every", "3"))
+    ((_, second),) = compile_all([Job(small(("mesh.data", "4"), *neutral), slice_)])
+    assert second.is_known and second.text == first.text
+    more = Job(small(("mesh.data", "4"), ("optimizer.moment_dtype", "bfloat16")), slice_)
+    for other in (more, Job(job.config, slice_, (("xla_an_option", "true"),))):
+        assert other.key != job.key
+    (found,) = compile_all([Job(job.config, parse_topology("v5e:2x4"))])
+    assert "exit code 1" in found[1].error
+
+
+def test_a_stop_keeps_what_is_compiled(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
+    monkeypatch.setenv("JAXSCALE_CACHE", str(tmp_path))
+    slice_ = parse_topology("v5e:2x2")
+    jobs = [Job(small(("mesh.data", "4")), slice_), Job(small(("mesh.fsdp", "4")), slice_)]
+    found: list[Job] = []
+    with pytest.raises(Stopped):
+        found.extend(job for job, _ in compile_all(jobs, num_processes=1, stop=lambda: bool(found)))
+    kept = [job for job in jobs if compiling._read(job)]
+    assert len(kept) == 1
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_shortlist_has_no_more_than_a_few_of_each_mesh() -> None:
+    options = Options(slice=parse_topology("v5e:4x4"), top=6)
+    config = resolve(load("configs/lm.py:1b,batch=64"))
+    rows = shortlist(config, options).rows
+    meshes = [row.candidate.mesh for row in rows]
+    assert len(rows) == 6 and max(meshes.count(mesh) for mesh in meshes) <= 2
