@@ -42,6 +42,7 @@ from jaxscale.verbs.common import DONE, FAILED, INTERRUPTED, WRONG
 
 # Tokens whose logits exist at once where those of all have no room, as by our own default.
 CHUNK_TOKENS = 2048
+SMALL_CHUNKS = range(1, CHUNK_TOKENS + 1)
 
 
 class Planned(NamedTuple):
@@ -124,7 +125,13 @@ def real_planner(runs: Sequence[Run], **compiling: Any) -> Planned:
         job, compiled = programs[run.id]
         if not compiled.has_room:
             return Prediction(closed_seconds(run, shares), False, compiled.peak_bytes, "memory")
-        line = predict_step(job, compiled, shares=shares, is_causal=not run.full_square_attention)
+        line = predict_step(
+            job,
+            compiled,
+            shares=shares,
+            is_causal=not run.full_square_attention,
+            has_small_tiles=job.lacks_slow_options(run.options),
+        )
         # Copies to the host and back hide behind computation, as far as there is enough of it.
         copied = 2 * run.extra_host_bytes + sum(
             traffic.payload_bytes for traffic in line.traffic if traffic.kind == "host"
@@ -148,8 +155,7 @@ def compile_runs(
     Options that this compiler does not know are left out, and slow ones unless asked for. Where
     the logits of all tokens have no room, they are computed in parts, as few peers do.
     """
-    from jaxscale.plan.compile import Job, compile_all
-    from jaxscale.plan.rank import SLOW_OPTIONS
+    from jaxscale.plan.compile import SLOW_OPTIONS, Job, compile_all
     from jaxscale.plan.torus import parse_topology
 
     programs: dict[str, Any] = {}
@@ -171,11 +177,11 @@ def compile_runs(
             elif compiled.error:
                 outcome = compiled.error
                 reasons.update(dict.fromkeys(ids, outcome))
-            elif not compiled.has_room and not job.config.train.loss_chunk_tokens:
+            elif not compiled.has_room and job.config.train.loss_chunk_tokens not in SMALL_CHUNKS:
                 train = dataclasses.replace(job.config.train, loss_chunk_tokens=CHUNK_TOKENS)
                 config = dataclasses.replace(job.config, train=train)
                 again[dataclasses.replace(job, config=config)] = waiting[job]
-                outcome = "no room for all logits; in parts"
+                outcome = "no room for so many logits; in smaller parts"
             else:
                 programs.update(dict.fromkeys(ids, (job, compiled)))
                 found = "" if compiled.has_room else f", no room for {compiled.needed_bytes} bytes"
@@ -196,16 +202,17 @@ def backtest(
     skipped += [Skipped(id, reason) for id, reason in reasons.items()]
     runs = [run for run in runs if run.id not in reasons]
     known = [run for run in runs if counts(run)]
+    guess = type(shares)()  # before any row was seen
     return Result(
         runs=runs,
         skipped=skipped,
         predictions=[predict(run, shares) for run in runs],
         closed=[closed_seconds(run) for run in runs],
-        left_out=score.left_out(predict, runs, known, shares),
+        left_out=score.left_out(predict, runs, known, guess),
         baseline=score.constant_mfu(runs, known),
         baseline_left_out=score.constant_mfu(runs, known, left_out=True),
         shares=shares,
-        best=score.fit(predict, known, shares) if args.fit and known else None,
+        best=score.fit(predict, known, guess) if args.fit and known else None,
     )
 
 

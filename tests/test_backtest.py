@@ -13,7 +13,7 @@ from jaxscale import records
 from jaxscale.plan import compile, predict, timeline
 from jaxscale.plan.published import Run, to_run
 from jaxscale.plan.rows import read_rows
-from jaxscale.plan.score import Prediction
+from jaxscale.plan.score import LARGEST_SHARE, Prediction
 from tests.conftest import ROOT
 
 FILE = ROOT / "docs" / "published_tpu_runs.csv"
@@ -23,18 +23,19 @@ DOCS_PAGE = ROOT / "docs" / "backtest.md"
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    compute: float = 1.0
+    compute: float = LARGEST_SHARE
 
 
 def planner_of(factor: float, fits: bool = True, reasons: dict[str, str] | None = None) -> Any:
-    """Return a planner whose constant of 1.0 gives `factor` times the published seconds.
+    """Return a planner whose constant at its limit gives `factor` times the published seconds.
 
     Rows of completeness C it misses by far.
     """
 
     def predict(run: Run, shares: Shares) -> Prediction:
         far = 10 if run.row.completeness == "C" else factor
-        return Prediction(far * run.published_seconds / shares.compute, fits, 2**30, "ICI")
+        seconds = far * run.published_seconds * LARGEST_SHARE / shares.compute
+        return Prediction(seconds, fits, 2**30, "ICI")
 
     def planner(runs: Sequence[Run]) -> Any:
         return SCRIPT["Planned"](predict, Shares(), reasons or {})
@@ -56,7 +57,7 @@ def test_rows_are_shown_and_written(
     assert "mixtral-8x7b" in shown and "skipped: we lack mixture of experts" in shown
     line = next(line for line in shown.splitlines() if line.startswith("v6e-llama3.1-8b-8 "))
     assert line.split()[1:-2] == ["3.44", "s", "3.79", "s", "+10%", "ICI", "yes", "1.0", "GiB"]
-    assert "fits best: Shares(compute=1.0)" in shown
+    assert f"fits best: Shares(compute={LARGEST_SHARE:g}" in shown
     result = records.read_json(out)
     assert result["kind"] == "backtest"
     assert len(result["rows"]) == 20
@@ -198,8 +199,8 @@ def test_what_only_the_published_program_offloads_is_waited_for(
     assert isinstance(run, Run)
     seen = []
 
-    def step(job: Any, compiled: Any, *, shares: Any, is_causal: bool) -> timeline.Timeline:
-        seen.append(is_causal)
+    def step(job: Any, compiled: Any, **known: Any) -> timeline.Timeline:
+        seen.append((known["is_causal"], known["has_small_tiles"]))
         return timeline.Timeline(1.0, {"ICI": 1.0, "host": 0.0}, {}, (), 0.0)
 
     def predicted(text: str | None) -> Prediction:
@@ -220,7 +221,8 @@ def test_what_only_the_published_program_offloads_is_waited_for(
     assert found.bound == ("host" if copies else "ICI")
     without_room = predicted(None)
     assert not without_room.fits and without_room.seconds > 1
-    assert set(seen) == {id.startswith("tpu7x")}
+    # The published v5e runs attend to the full square, and took no slow options.
+    assert set(seen) == {(id.startswith("tpu7x"),) * 2}
 
 
 def test_an_interrupt_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """From a compiled step to its predicted time: schedule, placement and prices put together."""
 
+import dataclasses
 import functools
 
 from jaxscale.config import Config
@@ -13,7 +14,12 @@ from jaxscale.plan.torus import Network, Slice, described_devices
 
 
 def predict_step(
-    job: Job, compiled: Compiled, *, shares: Shares = SHARES, is_causal: bool = True
+    job: Job,
+    compiled: Compiled,
+    *,
+    shares: Shares = SHARES,
+    is_causal: bool = True,
+    has_small_tiles: bool = False,
 ) -> Timeline:
     """Return the predicted time line of a step that the compiler found room for.
 
@@ -22,12 +28,14 @@ def predict_step(
       compiled: what came out.
       shares: what of the chip's peaks is achieved.
       is_causal: False where attention is to compute the masked half of its pairs too.
+      has_small_tiles: whether an option that makes matmuls' tiles larger was left out.
 
     Raises:
       ConfigError: the program calls a kernel whose time nobody knows.
     """
     assert compiled.text is not None
     prices = prices_of(job, shares=shares, is_causal=is_causal)
+    prices = dataclasses.replace(prices, has_small_tiles=has_small_tiles)
     return predict(schedule_of(compiled.text, job), prices)
 
 

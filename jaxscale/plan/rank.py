@@ -15,11 +15,10 @@ from jaxscale.config import Config, ConfigError, MeshConfig
 from jaxscale.data.workers import Stop, never
 from jaxscale.model.cost import train_flops_per_token
 from jaxscale.parallel.mesh import device_grid
-from jaxscale.plan.compile import Compiled, Job, compile_all
+from jaxscale.plan.compile import SLOW_OPTIONS, Compiled, Job, compile_all
 from jaxscale.plan.memory import closed_bytes
 from jaxscale.plan.predict import predict_step
 from jaxscale.plan.roofline import closed_seconds
-from jaxscale.plan.shares import SHARES
 from jaxscale.plan.space import Candidate, Remat, candidates
 from jaxscale.plan.timeline import Timeline
 from jaxscale.plan.torus import Network, Slice, described_devices
@@ -28,8 +27,6 @@ from jaxscale.plan.torus import Network, Slice, described_devices
 # so much too high.
 ROOM = 1.2
 CLOSED_FORM, COMPILED, AS_TRAINED = "closed form", "compiled", "as trained"
-# Compiled options that take minutes each; left out where candidates are only compared.
-SLOW_OPTIONS = ("xla_tpu_scoped_vmem_limit_kib",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,7 +241,8 @@ def _job(candidate: Candidate, slice_: Slice, as_trained: bool) -> Job:
 
 def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, known_by: str) -> Row:
     if compiled.has_room:
-        timeline = predict_step(job, compiled, shares=SHARES)
+        wanted = job.slice.chip.compiler_options
+        timeline = predict_step(job, compiled, has_small_tiles=job.lacks_slow_options(wanted))
         seconds, bound = timeline.seconds, timeline.bound
     else:
         timeline, seconds, bound = None, math.nan, "memory"

@@ -42,8 +42,14 @@ FREE = (
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id"),
     *("after-all", "opt-barrier", "optimization-barrier", "domain", "replica-id"),
 )
+# What moves values and computes none: bytes tell its time better than the estimate of cycles.
+MOVES = ("copy", "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
+# A fusion whose result is its operand, in a layout of another name.
+_RENAMES = "output_to_operand_aliasing={{}: (0, {})}"
+# Estimates from there on are none.
+MOST_CYCLES = 2**62
 _BLOCKS = re.compile(r'\\"(\w+)\\": (\d+)')
 
 
@@ -241,9 +247,11 @@ class _Reader:
         )
 
     def _operation(self, instruction: Instruction, around: Computation) -> Operation:
-        cycles = _CYCLES.search(instruction.attributes)
+        moves = instruction.opcode in MOVES
+        found = None if moves else _CYCLES.search(instruction.attributes)
+        cycles = int(found[1]) if found else MOST_CYCLES
         return Operation(
-            cycles=int(cycles[1]) if cycles else None,
+            cycles=cycles if cycles < MOST_CYCLES else None,
             flops=self._flops(instruction, around),
             hbm_bytes=self._hbm_bytes(instruction, around),
             source=_source(instruction),
@@ -284,7 +292,7 @@ class _Reader:
 
     def _used(self, user: Instruction, name: str, inner: Computation) -> int:
         """Return the bytes that an instruction of a fusion reads of the value of that name."""
-        if user.opcode == "bitcast":
+        if user.opcode == "bitcast" or _RENAMES in user.attributes:
             return self._read(user, inner)
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             return num_bytes(user.shape)

@@ -18,7 +18,10 @@ from jaxscale.plan.published import Run
 # A dataclass of at most five floats.
 Shares = TypeVar("Shares")
 # Shares of a peak that hardware can reach.
-LEAST_SHARE, LARGEST_SHARE = 0.3, 1.0
+LEAST_SHARE, LARGEST_SHARE = 0.3, 0.95
+# How much of a constant's distance from the guess, in logarithms, counts as an error: one that is
+# off by a third weighs as a row that is off by a tenth.
+PULL = 0.3
 # Errors beyond it count by their size and no longer by its square (Huber).
 LARGE_ERROR = 0.1
 # Of the fit: difference quotients are taken over so much of a share's logarithm; it ends when a
@@ -142,7 +145,7 @@ def left_out(
 
 
 def fit(predict: Predict[Shares], runs: Sequence[Run], start: Shares) -> Shares:
-    """Return the constants, near `start`, whose predictions are nearest to what was published.
+    """Return the constants, not far from `start`, whose predictions are nearest to the published.
 
     Least are the logarithms of predicted / published, those of misses by their size alone (Huber),
     by damped Gauss-Newton steps (Levenberg-Marquardt) on the logarithms of the constants, each
@@ -158,9 +161,11 @@ def fit(predict: Predict[Shares], runs: Sequence[Run], start: Shares) -> Shares:
     def residuals(x: np.ndarray) -> np.ndarray:
         shares = shares_at(x)
         ratios = [predict(run, shares).seconds / run.published_seconds for run in runs]
-        return np.log(np.array(ratios))
+        # What no row tells of stays as it was guessed.
+        return np.concatenate([np.log(np.array(ratios)), PULL * (x - guess)])
 
-    return shares_at(_least(residuals, np.log([getattr(start, name) for name in names])))
+    guess = np.log([getattr(start, name) for name in names])
+    return shares_at(_least(residuals, guess.copy()))
 
 
 def _least(residuals: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:

@@ -71,11 +71,17 @@ def test_a_fusion_reads_the_slice_it_uses_and_writes_the_update_it_makes() -> No
 
 
 def test_a_fusion_in_a_fusion_reads_a_slice_and_a_collective_in_it_writes_nothing() -> None:
-    before = """%cut (stack: bf16[8,64,64], at: s32[]) -> bf16[1,64,64] {
+    before = """%rename (stack: bf16[8,64,64]) -> bf16[8,64,64] {
+  %stack = bf16[8,64,64]{2,1,0} parameter(0)
+  ROOT %renamed = bf16[8,64,64]{2,1,0} copy(%stack)
+}
+
+%cut (stack: bf16[8,64,64], at: s32[]) -> bf16[1,64,64] {
   %stack = bf16[8,64,64]{2,1,0} parameter(0)
   %at = s32[] parameter(1)
   %zero = s32[] constant(0)
-  ROOT %one = bf16[1,64,64]{2,1,0} dynamic-slice(%stack, %at, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  %renamed = bf16[8,64,64]{2,1,0} fusion(%stack), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%rename
+  ROOT %one = bf16[1,64,64]{2,1,0} dynamic-slice(%renamed, %at, %zero, %zero), dynamic_slice_sizes={1,64,64}
 }
 
 %inner (stack: bf16[8,64,64], at: s32[], part: bf16[16,64]) -> (bf16[1,64,64], bf16[64,64]) {
@@ -115,6 +121,15 @@ def test_a_collective_is_waited_for_at_once_or_where_it_ends() -> None:
     assert sent.collective is not None
     assert (sent.collective.kind, sent.collective.group_size) == ("all-reduce", 4)
     assert sent.collective.payload_bytes == 64 * 64 * 2
+
+
+def test_an_estimate_without_end_is_none() -> None:
+    endless = 'backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}'
+    few = endless.replace("9223372036854775807", "12")
+    lines = [f"%{op} = bf16[64,64]{{1,0}} {op}(%p), {few}" for op in ("copy", "tanh")]
+    events = read_schedule(program(*lines, f"%n = bf16[64,64]{{1,0}} negate(%p), {endless}"))
+    # What only moves is known by its bytes.
+    assert [e.cycles for e in events if isinstance(e, Operation)] == [None, 12, None]
 
 
 def test_a_sum_of_which_a_device_keeps_its_part_is_a_reduce_scatter() -> None:

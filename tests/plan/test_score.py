@@ -50,12 +50,25 @@ def test_errors() -> None:
     assert found.within_30 == pytest.approx(2 / 3)
 
 
-def test_fit_finds_planted_constants() -> None:
+def test_fit_finds_planted_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "PULL", 0.0)
     planted = Shares(compute=0.83, hbm=0.5, link=0.62)
     made = [published(run, predict(run, planted).seconds) for run in RUNS]
     found = score.fit(predict, made, Shares())
     for name, value in dataclasses.asdict(planted).items():
         assert getattr(found, name) == pytest.approx(value, rel=TOLERANCE)
+
+
+def test_what_no_row_tells_of_stays_as_guessed() -> None:
+    planted, guess = Shares(compute=0.83, hbm=0.5, link=0.62), Shares(link=0.41)
+
+    def blind(run: Run, shares: Shares) -> Prediction:
+        return predict(run, dataclasses.replace(shares, link=planted.link))
+
+    made = [published(run, predict(run, planted).seconds) for run in RUNS]
+    found = score.fit(blind, made, guess)
+    assert found.link == pytest.approx(guess.link)
+    assert found.compute == pytest.approx(planted.compute, rel=0.05)
 
 
 def test_fit_bears_an_outlier() -> None:
@@ -80,7 +93,8 @@ def test_fit_stays_within_what_hardware_can_do(planted: Shares, limit: dict[str,
     assert {name: found[name] for name in limit} == pytest.approx(limit)
 
 
-def test_left_out_chip_is_not_fitted_to() -> None:
+def test_left_out_chip_is_not_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "PULL", 0.0)
     planted, start = Shares(compute=0.83, hbm=0.5, link=0.62), Shares()
     made = [published(run, predict(run, planted).seconds) for run in RUNS]
     # One chip's times are absurd; no fit may see them, but those of other chips do.

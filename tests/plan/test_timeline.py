@@ -40,7 +40,7 @@ def prices(num_slices: int = 1, shares: Shares = WHOLE) -> Prices:
 
 def compute(seconds: float) -> Operation:
     """Return an operation whose cycles take so long."""
-    cycles, flops = round(seconds * CHIP.clock_hertz), 0.9 * seconds * CHIP.bf16_flops_per_second
+    cycles, flops = round(seconds * CHIP.clock_hertz), 0.6 * seconds * CHIP.bf16_flops_per_second
     return Operation(cycles, flops, 0, "jit(step)/jvp()/while/body/mlp/dot_general")
 
 
@@ -107,7 +107,7 @@ def test_a_loop_counts_as_often_as_it_goes_round() -> None:
 
 def test_shares_slow_down_what_they_are_shares_of() -> None:
     halves = {
-        "matmul": (compute(1.0), 0.9 / 0.5),
+        "matmul": (Operation(None, CHIP.bf16_flops_per_second, 0, ""), 2.0),
         "hbm": (Operation(1, 0.0, round(CHIP.hbm_bytes_per_second), ""), 2.0),
         "ici": (gather("a", 1.0), 2.0),
     }
@@ -115,6 +115,15 @@ def test_shares_slow_down_what_they_are_shares_of() -> None:
         shares = dataclasses.replace(WHOLE, **{name: 0.5})
         found = predict((event, Wait("a")), prices(shares=shares))
         assert found.seconds == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.8, 0.75), (0.5, 1.0)])
+def test_small_tiles_make_a_matmul_no_slower_than_its_share(share: float, seconds: float) -> None:
+    """Its cycles are at 60% of peak."""
+    shares = dataclasses.replace(WHOLE, matmul=share)
+    small = dataclasses.replace(prices(shares=shares), has_small_tiles=True)
+    assert predict((compute(1.0),), prices(shares=shares)).seconds == pytest.approx(1.0)
+    assert predict((compute(1.0),), small).seconds == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
