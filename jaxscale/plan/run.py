@@ -14,9 +14,10 @@ from jaxscale.config_source import to_mapping
 from jaxscale.data.workers import Stop, never
 from jaxscale.parallel.mesh import AXES, parse_mesh
 from jaxscale.plan.boundary import Boundary, Search, closed_boundaries, compiled_boundaries
+from jaxscale.plan.compile import SLOW_OPTIONS
 from jaxscale.plan.curve import CurvePoint, scaling_curve
 from jaxscale.plan.describe import libtpu_version
-from jaxscale.plan.rank import SLOW_OPTIONS, Options, Progress, Row, Shortlist, compile_rows
+from jaxscale.plan.rank import Options, Progress, Row, Shortlist, compile_rows
 from jaxscale.plan.rank import shortlist as closed_shortlist
 from jaxscale.plan.space import REMATS, Remat
 from jaxscale.plan.torus import Slice, parse_topology
