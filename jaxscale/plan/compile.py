@@ -214,7 +214,8 @@ def _from_report(report: dict[str, Any], text: str | None, *, is_known: bool) ->
     return Compiled(
         text=text,
         needed_bytes=needed,
-        peak_bytes=report.get("peak_bytes", needed),
+        # With arrays in host memory the compiler counts these too.
+        peak_bytes=min(report.get("peak_bytes", needed), needed),
         argument_bytes=arguments,
         temporary_bytes=temporary,
         host_bytes=report.get("host_bytes", 0),
