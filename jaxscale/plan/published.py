@@ -152,10 +152,7 @@ def _run(row: Row) -> Run:
         Config(
             model=model,
             mesh=mesh,
-            # As in MaxText, which cuts the width of the residual stream over the tensor axis.
-            rules=RulesConfig(residual_length=f"{AXES[3]},{AXES[4]}")
-            if getattr(mesh, AXES[4]) > 1
-            else RulesConfig(),
+            rules=_rules(mesh),
             data=DataConfig(length=row.length or 0, document_mask=kernel.segments),
             train=TrainConfig(
                 global_batch_size=batch,
@@ -291,6 +288,21 @@ def _mesh(row: Row) -> MeshConfig:
         across = {SLOW_AXES[0]: slices}
     sizes = {axis: inside.get(axis, 1) * across.get(axis, 1) for axis in AXES}
     return MeshConfig(**sizes, num_slices=slices)
+
+
+def _rules(mesh: MeshConfig) -> RulesConfig:
+    """Return MaxText's rules where they are not ours.
+
+    It cuts the width of the residual stream over the tensor axis, and parameters over the axis of
+    the length too.
+    """
+    rules, (_, _, fsdp, length, tensor) = RulesConfig(), AXES
+    if getattr(mesh, tensor) > 1:
+        rules = dataclasses.replace(rules, residual_length=f"{length},{tensor}")
+    if getattr(mesh, length) > 1:
+        both = f"{fsdp},{length}"
+        rules = dataclasses.replace(rules, embed=both, optimizer_embed=both)
+    return rules
 
 
 def _batch(row: Row) -> int:

@@ -158,6 +158,8 @@ def test_length_and_residual_are_cut_as_published() -> None:
     balanced = rebuilt(ROWS["tpu7x-llama3.1-70b-256-128k-bf16"])
     assert balanced.config.model.sequence_attention == "all_to_all"
     assert any("balanced" in said for said in balanced.approximations)
+    rules = balanced.config.rules
+    assert (rules.embed, rules.optimizer_embed) == ("fsdp,sequence", "fsdp,sequence")
     tensor = rebuilt(ROWS["v5p-maxtext-128b-1x128"])
     assert tensor.config.rules.residual_length == "sequence,tensor"
     assert any("residual stream" in said for said in tensor.approximations)
