@@ -124,9 +124,9 @@ def explain(timeline: Timeline) -> list[Table]:
     return [parts, sent]
 
 
-def curve_lines(points: Sequence[CurvePoint]) -> Iterator[str]:
+def curve_lines(kept: str, points: Sequence[CurvePoint]) -> Iterator[str]:
     """Say how the winner scales, by the closed form, and where to stop."""
-    yield "scaling, the same batch on every chip, by the closed form:"
+    yield f"scaling, {kept}, by the closed form:"
     for point in points:
         row = point.row
         yield (

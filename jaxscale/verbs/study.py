@@ -95,14 +95,15 @@ def plan(args: argparse.Namespace) -> int:
     print("\n".join(table.table(found.rows)))
     print("\n".join(table.why(found.rows)))
     winner = found.rows[0]
-    curve = found.curve() if winner.fits else []
-    print("\n".join(table.curve_lines(curve)))
+    curves = found.curves()
+    for kept, points in curves.items():
+        print("\n".join(table.curve_lines(kept, points)))
     if args.price:
         print(table.price_line(winner, args.price))
     for part in table.explain(winner.timeline) if args.explain and winner.timeline else []:
         console.print(part)
     print(table.command(args.config, config, winner))
-    write_result(args, found.config, to_rows(found, curve))
+    write_result(args, found.config, to_rows(found, curves))
     return DONE if winner.fits else FAILED
 
 
