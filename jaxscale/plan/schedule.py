@@ -35,6 +35,8 @@ ASYNC = (
     *("call", "call-start", "call-update", "call-done"),
     *("async-start", "async-update", "async-done"),
 )
+# What the compiler writes where it could estimate nothing.
+UNKNOWN_CYCLES = 2**63 - 1
 # Before the kind of what goes between slices.
 SLOW = "slices "
 # Instructions that take no time of their own.
@@ -239,9 +241,10 @@ class _Reader:
         )
 
     def _operation(self, instruction: Instruction, around: Computation) -> Operation:
-        cycles = _CYCLES.search(instruction.attributes)
+        found = _CYCLES.search(instruction.attributes)
+        cycles = int(found[1]) if found else None
         return Operation(
-            cycles=int(cycles[1]) if cycles else None,
+            cycles=None if cycles == UNKNOWN_CYCLES else cycles,
             flops=self._flops(instruction, around),
             hbm_bytes=self._hbm_bytes(instruction, around),
             source=_source(instruction),

@@ -39,6 +39,11 @@ def test_a_matmul_has_its_cycles_flops_bytes_and_source() -> None:
     assert event == Operation(500, 2.0 * 64**3, 3 * size, "jit(step)/jvp()/mlp/dot_general")
 
 
+def test_an_estimate_that_is_none_is_left_out() -> None:
+    (event,) = read_schedule(program(f"%c = bf16[64,64]{{1,0}} copy(%p), {CYCLES % (2**63 - 1)}"))
+    assert isinstance(event, Operation) and event.cycles is None
+
+
 def test_what_lies_in_vector_memory_moves_no_bytes() -> None:
     lines = (
         "%c = bf16[64,64]{1,0:T(8,128)(2,1)S(1)} copy(%p)",
