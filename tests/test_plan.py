@@ -75,8 +75,11 @@ def test_the_closed_form_ranks_and_its_command_is_the_winner(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "plan.json"
-    assert main(["plan", CONFIG, FLASH, *CLOSED, "--price=1.2", f"--json={file}"]) == 0
+    arguments = ["plan", CONFIG, FLASH, *CLOSED, "--price=1.2", f"--workdir={tmp_path / 'run'}"]
+    assert main([*arguments, f"--json={file}"]) == 0
     text = capsys.readouterr().out
+    kept = json.loads((tmp_path / "run" / "plan" / "plan.json").read_text())
+    assert kept["rows"] == json.loads(file.read_text())["rows"]
     rows = rows_of(file, "candidate")
     rates = [row["tokens_per_second_per_chip"] for row in rows]
     assert rates == sorted(rates, reverse=True) and all(row["fits"] for row in rows)
