@@ -26,6 +26,7 @@ GOODPUT_FILE = "goodput.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 PROFILE_DIR = "profile"
 SWEEP_DIR = "sweep"
+PLAN_DIR = "plan"
 
 # Fields of every line of metrics.jsonl; a later line of the same step replaces an earlier one.
 STEP = "step"

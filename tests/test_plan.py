@@ -75,8 +75,11 @@ def test_the_closed_form_ranks_and_its_command_is_the_winner(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "plan.json"
-    assert main(["plan", CONFIG, FLASH, *CLOSED, "--price=1.2", f"--json={file}"]) == 0
+    arguments = ["plan", CONFIG, FLASH, *CLOSED, "--price=1.2", f"--workdir={tmp_path / 'run'}"]
+    assert main([*arguments, f"--json={file}"]) == 0
     text = capsys.readouterr().out
+    kept = json.loads((tmp_path / "run" / "plan" / "plan.json").read_text())
+    assert kept["rows"] == json.loads(file.read_text())["rows"]
     rows = rows_of(file, "candidate")
     rates = [row["tokens_per_second_per_chip"] for row in rows]
     assert rates == sorted(rates, reverse=True) and all(row["fits"] for row in rows)
@@ -120,6 +123,29 @@ def small(*knobs: tuple[str, str]) -> Any:
     """Return a small config, resolved."""
     overrides = [("model.attention", "flash"), ("model.num_layers", "2"), *knobs]
     return resolve(load("configs/lm.py:tiny", overrides))
+
+
+def test_the_compiler_has_the_last_word(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
+    monkeypatch.setenv("JAXSCALE_CACHE", str(tmp_path))
+    file = tmp_path / "plan.json"
+    arguments = ["plan", "--config=configs/lm.py:tiny", FLASH, "--topology=v5e:2x2", "--top=2"]
+    assert main([*arguments, "--explain", f"--json={file}"]) == 0
+    shown = capsys.readouterr()
+    assert "2/2 compiled" in shown.err and "compiled in" in shown.err
+    assert "seconds of computation" in shown.out and "winner: " in shown.out
+    rows = rows_of(file, "candidate")
+    assert {row["known_by"] for row in rows} == {"compiled"}
+    for row in rows:
+        spent = sum(row["seconds_by_resource"].values())
+        assert spent == pytest.approx(row["step_seconds"])
+        assert row["needed_bytes"] > 0 and row["seconds_by_part"]
+    # The second time nothing is compiled.
+    monkeypatch.setattr(compiling, "COMMAND", ("false",))
+    assert main(arguments) == 0
+    assert "(known)" in capsys.readouterr().err
 
 
 def test_programs_are_compiled_once_by_content(

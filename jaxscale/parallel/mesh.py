@@ -18,6 +18,8 @@ from jaxscale.config import ConfigError, MeshConfig
 
 AXES = ("stage", "data", "fsdp", "sequence", "tensor")
 STAGE_AXIS = AXES[0]
+# The axes that cut a batch by its rows: replicas, and shards of the parameters.
+BATCH_AXES = AXES[1:3]
 # Where a model is read that was trained elsewhere: over all devices, or on a single one.
 SPREAD, ONE_DEVICE = MeshConfig(data=1, fsdp=-1), MeshConfig(data=1)
 # The axes that may span slices, where only the slow network joins devices.

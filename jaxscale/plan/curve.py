@@ -1,15 +1,17 @@
-"""How a plan scales: the same batch on every chip, on each slice that its chip comes in.
+"""How a plan scales over the slices of its chip: the same batch on every chip, or in all.
 
 By the closed form alone. One adds chips as long as each of them does most of what it did in the
 smallest slice that holds the model.
 """
 
 import dataclasses
+import math
 
-from jaxscale.config import Config, ConfigError
+from jaxscale.config import Config, ConfigError, MeshConfig
+from jaxscale.parallel.mesh import AXES, BATCH_AXES
 from jaxscale.plan.rank import Options, Row, closed_row
 from jaxscale.plan.space import Remat, candidates
-from jaxscale.plan.torus import parse_topology
+from jaxscale.plan.torus import Slice, parse_topology
 
 # Below it another chip is not worth its price.
 LEAST_EFFICIENCY = 0.7
@@ -37,22 +39,24 @@ class CurvePoint:
         return self.efficiency >= LEAST_EFFICIENCY
 
 
-def scaling_curve(winner: Row, options: Options) -> list[CurvePoint]:
+def scaling_curve(winner: Row, options: Options, *, per_chip: bool) -> list[CurvePoint]:
     """Return the curve through a plan's winner, fewest chips first.
 
     Args:
-      winner: its remat, and its batch per chip, are those of all points.
+      winner: its remat, and what of its mesh is neither replicas nor shards of parameters, are
+        those of all points.
       options: the chip.
+      per_chip: whether every chip keeps its batch; else the chips share the winner's.
     """
     config, slice_ = winner.candidate.config, options.slice
-    per_chip = config.train.global_batch_size / slice_.num_chips
+    whole = config.train.global_batch_size
     points: list[CurvePoint] = []
-    for shape in slice_.chip.topologies:
-        other = parse_topology(f"{slice_.chip.name}:{shape}")
-        if per_chip * other.num_chips != int(per_chip * other.num_chips):
+    for other in _slices(slice_):
+        batch = whole * other.num_chips / slice_.num_chips if per_chip else whole
+        if batch != int(batch):
             continue
-        moved = dataclasses.replace(options, slice=other, meshes=())
-        row = _best(config, moved, int(per_chip * other.num_chips))
+        moved = dataclasses.replace(options, slice=other, meshes=_meshes(config.mesh, other))
+        row = _best(config, moved, int(batch)) if moved.meshes else None
         if row is None:
             continue
         first = points[0].row if points else row
@@ -61,11 +65,35 @@ def scaling_curve(winner: Row, options: Options) -> list[CurvePoint]:
     return points
 
 
+def _slices(slice_: Slice) -> list[Slice]:
+    """Return a slice of the same chip for each power of two, and that of the plan."""
+    found = {}
+    for shape in slice_.chip.topologies:
+        other = parse_topology(f"{slice_.chip.name}:{shape}")
+        if other.num_chips & (other.num_chips - 1) == 0:
+            found[other.num_chips] = other
+    return [found[count] for count in sorted(found)]
+
+
+def _meshes(mesh: MeshConfig, slice_: Slice) -> tuple[MeshConfig, ...]:
+    """Return the meshes of a slice that differ from a plan's in the axes of the batch alone."""
+    own = dict(zip(AXES, (getattr(mesh, axis) for axis in AXES), strict=True))
+    kept = {axis: size for axis, size in own.items() if axis not in BATCH_AXES}
+    rest = slice_.num_devices // math.prod(kept.values())
+    if slice_.num_devices % math.prod(kept.values()):
+        return ()
+    shards = [size for size in range(1, rest + 1) if rest % size == 0]
+    first, second = BATCH_AXES
+    return tuple(MeshConfig(**kept, **{first: rest // size, second: size}) for size in shards)
+
+
 def _best(config: Config, options: Options, batch: int) -> Row | None:
     model = config.model
     remat = Remat(model.remat, model.remat_names if model.remat == "names" else ())
     try:
-        found = list(candidates(config, options.slice, remat=(remat,), batch=batch))
+        found = list(
+            candidates(config, options.slice, meshes=options.meshes, remat=(remat,), batch=batch)
+        )
     except ConfigError:
         return None
     rows = [closed_row(candidate, options.slice) for candidate in found]

@@ -6,7 +6,7 @@ compiles them; or the boundary of memory, when a batch or length is to be found.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxscale.config import Config, ConfigError, MeshConfig
@@ -25,6 +25,8 @@ from jaxscale.plan.torus import Slice, parse_topology
 AUTO = "auto"
 # Of the rows, compiled once more as training does.
 NUM_FINALISTS = 2
+# Which batch a scaling curve keeps.
+PER_CHIP, IN_ALL = "the same batch on every chip", "the same batch in all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,21 +171,28 @@ class Plan:
             self.rows = [*final, *others]
         return self.rows
 
-    def curve(self) -> list[CurvePoint]:
-        """Return how the winner scales, by the closed form."""
-        return scaling_curve(self.rows[0], self.options)
+    def curves(self) -> dict[str, list[CurvePoint]]:
+        """Return how the winner scales, by the closed form, and by which batch is kept."""
+        best = self.rows[0]
+        if not best.fits:
+            return {}
+        return {
+            PER_CHIP: scaling_curve(best, self.options, per_chip=True),
+            IN_ALL: scaling_curve(best, self.options, per_chip=False),
+        }
 
 
-def to_rows(plan: Plan, curve: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+def to_rows(plan: Plan, curves: Mapping[str, Sequence[CurvePoint]]) -> list[dict[str, Any]]:
     """Return the rows of the result file: candidates, boundaries, points of the curve."""
     found = [{"phase": "candidate", **_fields(row), **_detail(row)} for row in plan.rows]
     for edge in plan.boundaries:
         size = {"size": edge.size, "next_size": edge.next_size, "remat": edge.remat.kind}
         found.append({"phase": "boundary", **size, "remat_names": list(edge.remat.names)})
-    for point in curve:
-        place = {"topology": point.topology, "num_chips": point.num_chips}
-        efficiency = {"efficiency": point.efficiency}
-        found.append({"phase": "curve", **place, **efficiency, **_fields(point.row)})
+    for kept, points in curves.items():
+        for point in points:
+            place = {"topology": point.topology, "num_chips": point.num_chips, "keeps": kept}
+            efficiency = {"efficiency": point.efficiency}
+            found.append({"phase": "curve", **place, **efficiency, **_fields(point.row)})
     return found
 
 

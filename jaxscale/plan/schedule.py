@@ -35,6 +35,8 @@ ASYNC = (
     *("call", "call-start", "call-update", "call-done"),
     *("async-start", "async-update", "async-done"),
 )
+# What the compiler writes where it could estimate nothing.
+UNKNOWN_CYCLES = 2**63 - 1
 # Before the kind of what goes between slices.
 SLOW = "slices "
 # Instructions that take no time of their own.
@@ -48,8 +50,6 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 # A fusion whose result is its operand, in a layout of another name.
 _RENAMES = "output_to_operand_aliasing={{}: (0, {})}"
-# Estimates from there on are none.
-MOST_CYCLES = 2**62
 _BLOCKS = re.compile(r'\\"(\w+)\\": (\d+)')
 
 
@@ -249,9 +249,9 @@ class _Reader:
     def _operation(self, instruction: Instruction, around: Computation) -> Operation:
         moves = instruction.opcode in MOVES
         found = None if moves else _CYCLES.search(instruction.attributes)
-        cycles = int(found[1]) if found else MOST_CYCLES
+        cycles = int(found[1]) if found else None
         return Operation(
-            cycles=cycles if cycles < MOST_CYCLES else None,
+            cycles=None if cycles == UNKNOWN_CYCLES else cycles,
             flops=self._flops(instruction, around),
             hbm_bytes=self._hbm_bytes(instruction, around),
             source=_source(instruction),

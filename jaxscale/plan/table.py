@@ -124,9 +124,9 @@ def explain(timeline: Timeline) -> list[Table]:
     return [parts, sent]
 
 
-def curve_lines(points: Sequence[CurvePoint]) -> Iterator[str]:
+def curve_lines(kept: str, points: Sequence[CurvePoint]) -> Iterator[str]:
     """Say how the winner scales, by the closed form, and where to stop."""
-    yield "scaling, the same batch on every chip, by the closed form:"
+    yield f"scaling, {kept}, by the closed form:"
     for point in points:
         row = point.row
         yield (
@@ -162,11 +162,12 @@ def price_line(row: Row, dollars_per_chip_hour: float) -> str:
     )
 
 
-def command(source: str, given: Config, row: Row) -> str:
+def command(source: str | None, workdir: str | None, given: Config, row: Row) -> str:
     """Return the command that trains a row.
 
     Args:
-      source: the config file and its argument.
+      source: the config file and its argument; None where the workdir has the config.
+      workdir: the folder of the run; None where none was named.
       given: the resolved config, before the planner changed it.
       row: the choice.
     """
@@ -176,4 +177,5 @@ def command(source: str, given: Config, row: Row) -> str:
         if value != before[key] and key.startswith(CHOSEN):
             text = ",".join(map(str, value)) if isinstance(value, list) else value
             knobs.append(shlex.quote(f"--config.{key}={text}"))
-    return " ".join(["jaxscale train", f"--config={source}", *knobs, "--workdir=DIR"])
+    config = [f"--config={source}"] if source else []
+    return " ".join(["jaxscale train", *config, *knobs, f"--workdir={workdir or 'DIR'}"])

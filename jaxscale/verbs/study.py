@@ -71,6 +71,7 @@ def plan(args: argparse.Namespace) -> int:
     from jaxscale import runtime
 
     runtime.stay_on_host()
+    from jaxscale import records, workdir
     from jaxscale.plan import table
     from jaxscale.plan.run import Plan, Request, to_rows
     from jaxscale.train.preemption import StopRequest
@@ -79,6 +80,8 @@ def plan(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in names}
     lists = {name: tuple(given[name]) for name in ("remat", "meshes")}
     found = Plan(config, Request(**{**given, **lists}))
+    if args.workdir:
+        folder = workdir.check_writable(args.workdir) / records.PLAN_DIR
     console = Console()
 
     def progress(line: str) -> None:
@@ -95,14 +98,19 @@ def plan(args: argparse.Namespace) -> int:
     print("\n".join(table.table(found.rows)))
     print("\n".join(table.why(found.rows)))
     winner = found.rows[0]
-    curve = found.curve() if winner.fits else []
-    print("\n".join(table.curve_lines(curve)))
+    curves = found.curves()
+    for kept, points in curves.items():
+        print("\n".join(table.curve_lines(kept, points)))
     if args.price:
         print(table.price_line(winner, args.price))
     for part in table.explain(winner.timeline) if args.explain and winner.timeline else []:
         console.print(part)
-    print(table.command(args.config, config, winner))
-    write_result(args, found.config, to_rows(found, curve))
+    print(table.command(args.config, args.workdir, config, winner))
+    rows = to_rows(found, curves)
+    write_result(args, found.config, rows)
+    if args.workdir:
+        args.json = str(folder / "plan.json")
+        write_result(args, found.config, rows)
     return DONE if winner.fits else FAILED
 
 
