@@ -74,6 +74,19 @@ CUBOIDS = (
     *("8x8x16", "8x12x12", "8x12x16", "12x12x12", "8x16x16", "12x12x16", "12x16x16", "16x16x16"),
 )
 
+# What is best to tell the compiler, as far as it can tell itself: `scripts/yardstick.py`. Sums of
+# gradients that run beside matmuls need sums that are not merged; larger tiles of matmuls need
+# more of the vector memory, and cost minutes of compile time.
+BESIDE_MATMULS = (
+    ("xla_tpu_enable_async_collective_fusion", "true"),
+    ("xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true"),
+    ("xla_tpu_enable_async_collective_fusion_multiple_steps", "true"),
+    ("xla_enable_async_all_reduce", "true"),
+    ("xla_tpu_overlap_compute_collective_tc", "true"),
+    ("xla_jf_crs_combiner_threshold_count", "1"),
+)
+LARGE_TILES = (("xla_tpu_scoped_vmem_limit_kib", "32768"),)
+
 # HBM, FLOP/s, network per host: cloud.google.com/tpu/docs, the page of the chip's name.
 # ICI per link, PCIe: jax-ml.github.io/scaling-book "How to Think About TPUs". MXUs: FLOPs per cycle
 # of a large matmul, as the TPU compiler estimates it; a matmul is at 83% to 97% of these.
@@ -111,6 +124,7 @@ TPUS = (
         mxu_size=128,
         topologies=PLANES,
         ring_size=16,
+        compiler_options=(*BESIDE_MATMULS, *LARGE_TILES),
     ),
     Chip(
         name="v5p",

@@ -48,7 +48,8 @@ def _backward(equation, spec, dtype, operands, gradient):  # type: ignore[no-unt
     del spec, dtype
     a, b = operands
     first, second, result = equation.replace("->", ",").split(",")
-    gradient = gradient.astype(a.dtype)
+    # Both products read it; a TPU's compiler would compute it again in each, tile by tile.
+    gradient = jax.lax.optimization_barrier(gradient.astype(a.dtype))
     of_a = _product(f"{result},{second}->{first}", gradient, b, _cotangent_spec(a), a.dtype)
     of_b = _product(f"{first},{result}->{second}", a, gradient, _cotangent_spec(b), b.dtype)
     return of_a, of_b

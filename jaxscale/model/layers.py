@@ -161,9 +161,9 @@ class Attention(nnx.Module):
         if model.positions == "rotary":
             q_BLNH = rotary(q_BLNH, span.positions_BL, model)
             k_BLKH = rotary(k_BLKH, span.positions_BL, model)
-        q_BLNH = checkpoint_name(q_BLNH, "query")
-        k_BLKH = checkpoint_name(k_BLKH, "key")
-        v_BLKH = checkpoint_name(v_BLKH, "value")
+        q_BLNH = _kept(q_BLNH, "query")
+        k_BLKH = _kept(k_BLKH, "key")
+        v_BLKH = _kept(v_BLKH, "value")
         if cache is None:
             out_BLNH = attend(Operands(q_BLNH, k_BLKH, v_BLKH, span, span), model, rules)
         else:
@@ -191,6 +191,11 @@ class Attention(nnx.Module):
             spec=self.rules.spec("batch", "length", heads, head_dim),
         )
         return _biased(out_BLNH, bias)
+
+
+def _kept(x_BLNH: jax.Array, name: str) -> jax.Array:
+    """Name an activation for remat, heads before tokens, as kernels read it."""
+    return jnp.swapaxes(checkpoint_name(jnp.swapaxes(x_BLNH, 1, 2), name), 1, 2)
 
 
 class MLP(nnx.Module):

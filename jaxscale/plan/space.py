@@ -40,6 +40,7 @@ REMATS = (
     Remat("names", ("query", "key", "value", "context", "attention_out", "gate", "up")),
     Remat("dots"),
     Remat("names", ("query", "key", "value", "context", "attention_out")),
+    Remat("names", ("query", "key", "value", "context")),
     Remat("names", ("context", "attention_out")),
     Remat("full"),
 )

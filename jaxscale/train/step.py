@@ -173,7 +173,7 @@ def train_step(assembly: Assembly, state: TrainState, batch: Batch) -> tuple[Tra
         gradients, optimizer = jax.lax.optimization_barrier((gradients, state.optimizer))
         state = dataclasses.replace(state, optimizer=to_device(optimizer))
     params, optimizer = updated(assembly, state, gradients, learning_rate)
-    keep = functools.partial(jnp.where, is_finite)
+    keep = jax.named_scope("optimizer")(functools.partial(jnp.where, is_finite))
     bad = 1 - is_finite.astype(jnp.int32)
     # An overflow that a lower scale may cure is skipped and brings no run nearer to its end.
     hopeless = bad if state.loss_scale is None else bad * ~can_fall(state.loss_scale)
