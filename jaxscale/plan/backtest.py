@@ -16,7 +16,7 @@ from jaxscale.plan import roofline, score
 from jaxscale.plan.published import Run, Skipped
 from jaxscale.plan.rank import network
 from jaxscale.plan.score import Errors, Prediction
-from jaxscale.plan.shares import Shares
+from jaxscale.plan.shares import SHARES, Shares
 from jaxscale.plan.space import candidate
 from jaxscale.plan.torus import parse_topology
 
@@ -82,7 +82,7 @@ class Result:
         return [run.id for run, p in pairs if run.row.completeness == "A" and not p.fits]
 
 
-def closed_seconds(run: Run, shares: Shares | None = None) -> float:
+def closed_seconds(run: Run, shares: Shares = SHARES) -> float:
     """Return the seconds of a run's step from shapes and data sheets alone, without a compiler."""
     slice_ = parse_topology(run.topology, run.num_slices)
     placed = network(run.config.mesh, slice_)

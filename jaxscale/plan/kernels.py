@@ -12,7 +12,7 @@ import dataclasses
 from jaxscale.config import ConfigError
 from jaxscale.hardware import Chip
 from jaxscale.plan.schedule import Kernel
-from jaxscale.plan.shares import Shares
+from jaxscale.plan.shares import VECTOR_OPS_PER_SCORE, Shares
 
 # Of each kernel, how its sizes of blocks end, and its matmuls of queries x keys x features.
 KERNELS = {
@@ -20,9 +20,6 @@ KERNELS = {
     "splash_mha_dq": ("_dq", 3),
     "splash_mha_dkv": ("_dkv", 4),
 }
-# Vector operations for each pair of query and key: subtract, exponential (of a slower unit, as
-# four), maximum or product, sum, mask, conversion.
-VECTOR_OPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +62,7 @@ def kernel_seconds(kernel: Kernel, attention: Attention, chip: Chip, shares: Sha
     bandwidth = chip.hbm_bytes_per_second / chip.devices_per_chip * shares.hbm
     return max(
         2 * matmuls * pairs * H / (peak * filled),
-        VECTOR_OPS * pairs / vector,
+        VECTOR_OPS_PER_SCORE * pairs / vector,
         kernel.hbm_bytes / bandwidth,
     )
 

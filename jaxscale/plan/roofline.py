@@ -18,13 +18,10 @@ from jaxscale.parallel.mesh import AnyMesh
 from jaxscale.parallel.pipeline import bubble_share
 from jaxscale.parallel.sharding import Rules
 from jaxscale.plan.part import FLOAT32, ITEMSIZES, DevicePart, device_part
-from jaxscale.plan.shares import Shares
+from jaxscale.plan.shares import SHARES, VECTOR_OPS_PER_SCORE, Shares
 from jaxscale.plan.space import Candidate
 from jaxscale.plan.torus import Network, Seconds
 
-# Vector operations per score in one pass of the attention kernel: scale, mask of causality and of
-# documents, running maximum, difference, exponential (several), sum, conversion.
-VECTOR_OPS_PER_SCORE = 10
 # Matmuls of the attention kernels per pass: forward (scores, sum), dq, and dk with dv, which both
 # compute the scores again.
 FORWARD_MATMULS, BACKWARD_MATMULS = 2, 3 + 4
@@ -69,7 +66,7 @@ class Roofline:
 
 
 def closed_seconds(
-    candidate: Candidate, chip: Chip, network: Network, shares: Shares | None = None
+    candidate: Candidate, chip: Chip, network: Network, shares: Shares = SHARES
 ) -> Roofline:
     """Return the seconds of a candidate's training step.
 
@@ -77,9 +74,8 @@ def closed_seconds(
       candidate: what is trained, and how.
       chip: the kind of chip.
       network: the placement of its mesh; candidates with the same mesh share it.
-      shares: achieved over peak; None: the defaults.
+      shares: achieved over peak.
     """
-    shares = shares or Shares()
     part = device_part(candidate)
     hidden, exposed = _communication(_Traffic(candidate, part, network))
     compute = _compute_seconds(part, chip, shares)

@@ -5,6 +5,11 @@
 
 import dataclasses
 
+# Stated and not fitted: what the vector units do for each score in one pass of an attention kernel.
+# Scale, masks of causality and of documents, running maximum, difference, exponential (of a slower
+# unit, as several), sum, conversion.
+VECTOR_OPS_PER_SCORE = 10
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shares:

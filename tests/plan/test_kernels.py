@@ -5,9 +5,9 @@ import pytest
 
 from jaxscale.config import ConfigError
 from jaxscale.hardware import CHIPS
-from jaxscale.plan.kernels import VECTOR_OPS, Attention, kernel_seconds
+from jaxscale.plan.kernels import Attention, kernel_seconds
 from jaxscale.plan.schedule import Kernel
-from jaxscale.plan.shares import Shares
+from jaxscale.plan.shares import VECTOR_OPS_PER_SCORE, Shares
 
 WHOLE = Shares(matmul=1, vector=1, hbm=1, ici=1, dcn=1)
 B, N, H = 2, 4, 128
@@ -54,7 +54,7 @@ def test_blocks_that_are_masked_whole_take_no_time(
     pairs = B * N * blocks_seen(L, S, 512, window, is_causal=is_causal)
     seconds = kernel_seconds(kernel(name, ending, L, S), attention, chip, WHOLE)
     on_matrix_units = 2 * matmuls * pairs * H / chip.bf16_flops_per_second
-    on_vector_units = VECTOR_OPS * pairs / chip.vector_ops_per_second
+    on_vector_units = VECTOR_OPS_PER_SCORE * pairs / chip.vector_ops_per_second
     assert seconds == pytest.approx(max(on_matrix_units, on_vector_units))
 
 
@@ -73,7 +73,7 @@ def test_two_devices_of_a_chip_share_its_units() -> None:
     call = kernel("splash_mha_dkv", "_dkv", 2048, 2048, head_dim=256)
     pairs = B * N * blocks_seen(2048, 2048, 512)
     on_matrix_units = 2 * 4 * pairs * 256 / (chip.bf16_flops_per_second / 2)
-    on_vector_units = VECTOR_OPS * pairs / (chip.vector_ops_per_second / 2)
+    on_vector_units = VECTOR_OPS_PER_SCORE * pairs / (chip.vector_ops_per_second / 2)
     expected = max(on_matrix_units, on_vector_units)
     assert kernel_seconds(call, attention, chip, WHOLE) == pytest.approx(expected)
 

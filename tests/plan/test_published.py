@@ -256,5 +256,6 @@ def test_a_table_without_a_column_is_refused(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_is_compiled_or_placed() -> None:
+    before = len(jax.live_arrays())
     rebuilt(ROWS["tpu7x-llama3.1-405b-256-bf16"])
-    assert not jax.live_arrays()
+    assert len(jax.live_arrays()) == before
