@@ -1,7 +1,9 @@
 """Closed-form bytes: by hand, and against the TPU compiler's."""
 
 import dataclasses
-import statistics
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -16,11 +18,8 @@ from jaxscale.plan.torus import parse_topology
 from jaxscale.resolve import resolve
 from jaxscale.train.memory import bytes_on_device
 from jaxscale.train.state import abstract_state, assemble
-from tests.plan.compiled import compiled_bytes
-from tests.plan.generated import generated
+from tests.conftest import ROOT
 
-# What the planner promises of its median.
-MEDIAN_ERROR = 0.15
 # The sharding of arrays alone; the closed form counts tiles, which are never smaller.
 MOST_PADDING = 1.6
 
@@ -160,14 +159,14 @@ def test_the_parts_add_up() -> None:
 
 
 @pytest.mark.slow
-def test_bytes_are_near_the_compilers(tpu_devices: list[Any]) -> None:
-    """Twenty configurations, `tiny` to `8b`, on 1 to 256 chips."""
-    del tpu_devices
-    cases = list(generated(20, seed=0))
-    whole, peak = [], []
-    for (found, slice_), (compiled, alive) in zip(cases, compiled_bytes(cases), strict=True):
-        closed = closed_bytes(candidate(found, slice_))
-        whole.append(abs(closed.total / compiled - 1))
-        peak.append(abs(closed.live / alive - 1))
-    assert statistics.median(whole) <= MEDIAN_ERROR, whole
-    assert statistics.median(peak) <= MEDIAN_ERROR, peak
+def test_bytes_are_near_the_compilers() -> None:
+    """Of the twenty configurations of the script, as many as there is time for."""
+    pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "closed_bytes.py"), "--check", "--count=6"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
