@@ -92,8 +92,8 @@ class Yardstick(Prices):
     def kernel(self, event: Kernel) -> float:
         """Return the seconds of the unmasked half of the pairs at a share of peak."""
         matmuls = next(n for name, n in MATMULS.items() if event.name.startswith(name))
-        (B, N, L, H), (_, _, S, _) = [shape for shape in event.shapes if len(shape) == 4][:2]
-        flops = 2 * matmuls * B * N * (L * S / 2) * H
+        (*heads, L, H), (*_, S, _) = event.shapes[:2]
+        flops = 2 * matmuls * math.prod(heads) * (L * S / 2) * H
         return flops / (KERNEL_SHARE * self.chip.bf16_flops_per_second_per_device)
 
     def send(self, event: Send) -> tuple[float, str]:

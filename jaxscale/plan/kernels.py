@@ -8,6 +8,7 @@ Source: jax.experimental.pallas.ops.tpu.splash_attention.
 """
 
 import dataclasses
+import math
 
 from jaxscale.config import ConfigError
 from jaxscale.hardware import Chip
@@ -50,10 +51,10 @@ def kernel_seconds(kernel: Kernel, attention: Attention, chip: Chip, shares: Sha
       ConfigError: a kernel that no model is stated for.
     """
     ending, matmuls = _of_kernel(kernel)
-    (B, N, L, H), (_, _, S, _) = [shape for shape in kernel.shapes if len(shape) == 4][:2]
+    (*heads, L, H), (*_, S, _) = kernel.shapes[:2]
     sizes = dict(kernel.blocks)
     blocks = min(sizes[f"block_q{ending}"], L), min(sizes[f"block_kv{ending}"], S)
-    pairs = B * N * _num_pairs(L, S, blocks, attention)
+    pairs = math.prod(heads) * _num_pairs(L, S, blocks, attention)
     # Features fill a part of a matrix unit where they are fewer than its side.
     assert chip.mxu_size
     filled = min(1.0, H / chip.mxu_size)

@@ -39,6 +39,7 @@ ASYNC = (
 UNKNOWN_CYCLES = 2**63 - 1
 # Before the kind of what goes between slices.
 SLOW = "slices "
+FLOATING = ("bf16", "f16", "f32")
 # Instructions that take no time of their own.
 FREE = (
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id"),
@@ -76,7 +77,7 @@ class Kernel:
 
     Attributes:
       name: of the kernel.
-      shapes: of its operands.
+      shapes: of its operands that are floating point, in their order.
       blocks: sizes that it was made with, by name.
       hbm_bytes: of its operands and results.
       source: as of an Operation.
@@ -233,7 +234,7 @@ class _Reader:
             return [
                 Kernel(
                     name=instruction.name.split(".")[0],
-                    shapes=tuple(map(shape_of, operands)),
+                    shapes=tuple(shape_of(o) for o in operands if o.startswith(FLOATING)),
                     blocks=tuple((k, int(v)) for k, v in _BLOCKS.findall(instruction.attributes)),
                     hbm_bytes=sum(map(num_bytes, [*operands, instruction.shape])),
                     source=_source(instruction),

@@ -1,5 +1,7 @@
 """The stated model of splash attention, against blocks and units counted by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ def kernel(
     name: str, ending: str, L: int, S: int, *, block: int = 512, head_dim: int = H
 ) -> Kernel:
     """Return a call with so many queries and keys."""
-    shapes = ((1, 4, 4), (B, N, L, head_dim), (B, N, S, head_dim), (B, N, S, head_dim))
+    shapes = ((B, N, L, head_dim), (B, N, S, head_dim), (B, N, S, head_dim))
     blocks = ((f"block_q{ending}", block), (f"block_kv{ending}", block))
     return Kernel(name, shapes, blocks, hbm_bytes=0, source="")
 
@@ -76,6 +78,14 @@ def test_two_devices_of_a_chip_share_its_units() -> None:
     on_vector_units = VECTOR_OPS_PER_SCORE * pairs / (chip.vector_ops_per_second / 2)
     expected = max(on_matrix_units, on_vector_units)
     assert kernel_seconds(call, attention, chip, WHOLE) == pytest.approx(expected)
+
+
+def test_a_batch_of_one_may_have_no_dimension_of_its_own() -> None:
+    chip, attention = CHIPS["v5e"], Attention(2048)
+    call = kernel("splash_mha_fwd", "", 2048, 2048)
+    alone = dataclasses.replace(call, shapes=tuple(shape[1:] for shape in call.shapes))
+    one, two = (kernel_seconds(c, attention, chip, WHOLE) for c in (alone, call))
+    assert two == pytest.approx(B * one)
 
 
 def test_a_kernel_without_a_model_is_an_error() -> None:
