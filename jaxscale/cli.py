@@ -6,6 +6,7 @@ after a clean save (run the same command again), 130 interrupted. `verbs/` says 
 
 import argparse
 import io
+import math
 import os
 import pathlib
 import sys
@@ -114,6 +115,16 @@ def _at_least(minimum: int) -> Any:
         return int(text)
 
     return number
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 < price < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no price above 0")
+    return price
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -240,7 +251,7 @@ def _add_plan_options(plan: argparse.ArgumentParser) -> None:
     option("--processes", type=_at_least(0), default=0, help="that compile; 0 = one per core")
     option("--closed-form", action="store_true", help="compile nothing")
     option("--explain", action="store_true", help="break the winner's step down")
-    option("--price", type=float, default=0.0, metavar="DOLLARS", help="of a chip for an hour")
+    option("--price", type=_price, default=0.0, metavar="DOLLARS", help="of a chip for an hour")
 
 
 def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:

@@ -1,5 +1,7 @@
 """`jaxscale plan`: one line for a mistake, a ranked table, and a command that does as it says."""
 
+import dataclasses
+import gzip
 import json
 import pathlib
 import shlex
@@ -9,10 +11,15 @@ import pytest
 
 from jaxscale.cli import main
 from jaxscale.config import Stopped
-from jaxscale.config_source import load
+from jaxscale.config_source import load, to_mapping
 from jaxscale.plan import compile as compiling
+from jaxscale.plan.boundary import Search
+from jaxscale.plan.child import _failure
 from jaxscale.plan.compile import Job, compile_all
-from jaxscale.plan.rank import Options, shortlist
+from jaxscale.plan.rank import AS_TRAINED, Options, Row, shortlist
+from jaxscale.plan.run import Plan, Request, make_options
+from jaxscale.plan.space import REMATS
+from jaxscale.plan.timeline import predict
 from jaxscale.plan.torus import parse_topology
 from jaxscale.resolve import resolve
 
@@ -26,7 +33,7 @@ MISTAKES = {
     "mesh too small": ([*CLOSED, "--meshes=fsdp=2"], "has 2 devices, and v5e:2x2 4"),
     "mesh too large": ([*CLOSED, "--meshes=fsdp=8"], "more devices than the 4 there are"),
     "axis": ([*CLOSED, "--meshes=expert=4"], "is not AXIS=SIZE with an axis of stage, data"),
-    "mesh does not cut the model": ([*CLOSED, "--batch=3", "--meshes=fsdp=4"], "take a batch that"),
+    "mesh does not cut the model": ([*CLOSED, "--batch=3", "--meshes=fsdp=4"], "does not divide"),
     "remat": ([*CLOSED, "--remat=most"], "is not one of auto, none, names, dots, full"),
     "batch": ([*CLOSED, "--batch=many"], "--batch=many is neither auto nor a number"),
     "both": ([*CLOSED, "--batch=auto", "--length=auto"], "one of them must be a number"),
@@ -75,7 +82,9 @@ def test_the_closed_form_ranks_and_its_command_is_the_winner(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "plan.json"
-    arguments = ["plan", CONFIG, FLASH, *CLOSED, "--price=1.2", f"--workdir={tmp_path / 'run'}"]
+    moments = "--config.optimizer.moment_dtype=bfloat16"
+    arguments = ["plan", CONFIG, FLASH, moments, *CLOSED, "--price=1.2"]
+    arguments.append(f"--workdir={tmp_path / 'run'}")
     assert main([*arguments, f"--json={file}"]) == 0
     text = capsys.readouterr().out
     kept = json.loads((tmp_path / "run" / "plan" / "plan.json").read_text())
@@ -90,10 +99,7 @@ def test_the_closed_form_ranks_and_its_command_is_the_winner(
     knobs = [word.removeprefix("--config.").partition("=") for word in words if "config." in word]
     config = resolve(load("configs/lm.py:small,length=512,batch=16", [(k, v) for k, _, v in knobs]))
     best = rows[0]
-    for axis, size in best["mesh"].items():
-        assert getattr(config.mesh, axis) == size
-    assert config.model.remat == best["remat"]
-    assert config.train.accumulation_steps == best["accumulation_steps"]
+    assert to_mapping(config) == best["config"]
 
 
 @pytest.mark.parametrize("knob", ["batch", "length"])
@@ -117,6 +123,96 @@ def test_the_boundary_fits_and_the_next_size_does_not(
         if main([*arguments, *asked]) == 0:
             (row,) = rows_of(file, "candidate")
             assert not row["fits"] or row["accumulation_steps"] > 1
+
+
+def test_a_boundary_is_found_where_few_sizes_can_be_cut(tmp_path: pathlib.Path) -> None:
+    """192 chips cut no power of two; one mesh cuts only multiples of its shards."""
+    for config, topology, *more in (
+        ("1b,length=2048", "v5p:4x4x12"),
+        ("1b,length=8192", "v5e:4x4", "--meshes=fsdp=16"),
+    ):
+        file = tmp_path / "plan.json"
+        arguments = [f"--config=configs/lm.py:{config}", f"--topology={topology}", *more]
+        asked = ["--batch=auto", "--remat=full", "--closed-form", f"--json={file}"]
+        assert main(["plan", *arguments, *asked]) == 0
+        (edge,) = rows_of(file, "boundary")
+        search = Search(
+            resolve(load(f"configs/lm.py:{config}")),
+            make_options(Request(topology, meshes=tuple(m.partition("=")[2] for m in more))),
+            of_length=False,
+        )
+        remat = REMATS[-1]
+        fitting = [s for s in search.ladder if (row := search.leanest(remat, s)) and row.fits]
+        assert edge["size"] == max(fitting) > 0
+
+
+def test_a_compile_that_fails_is_no_boundary(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("JAXSCALE_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiling, "COMMAND", ("false",))
+    monkeypatch.setattr("jaxscale.plan.run.libtpu_version", lambda: "0")
+    arguments = ["plan", CONFIG, FLASH, "--topology=v5e:2x2", "--meshes=fsdp=4", "--remat=full"]
+    assert main([*arguments, "--batch=auto"]) == 2
+    assert "could not be compiled: exit code 1" in capsys.readouterr().err
+    # Without a boundary to find, it is told in the table, and there is no winner.
+    assert main([*arguments, "--price=1"]) == 1
+    text = capsys.readouterr().out
+    assert "exit code 1" in text and "jaxscale train" not in text and "dollars" not in text
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"null", b'{"argument_bytes": null}', b"{"])
+def test_a_damaged_cache_is_compiled_anew(
+    damage: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("JAXSCALE_CACHE", str(tmp_path))
+    job = Job(small(("mesh.data", "4")), parse_topology("v5e:2x2"))
+    report, text = compiling._paths(job)
+    report.parent.mkdir(parents=True)
+    whole = dict.fromkeys(("argument_bytes", "temporary_bytes", "output_bytes"), 1)
+    report.write_text(json.dumps(whole))
+    text.write_bytes(gzip.compress(b"HloModule m"))
+    assert compiling._read(job) is not None
+    text.write_bytes(gzip.compress(b"HloModule m")[:-9])
+    assert compiling._read(job) is None
+    text.write_bytes(gzip.compress(b"HloModule m"))
+    report.write_bytes(damage)
+    assert compiling._read(job) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "the total memory required for HLO temporaries (18.98G) exceeds available HBM (15.75G).",
+        "Ran out of memory in memory space hbm. Used 18.98G of 15.75G hbm. Exceeded hbm capacity",
+    ],
+)
+def test_the_compiler_says_in_two_ways_that_there_is_no_room(words: str) -> None:
+    assert _failure(words) == {"needed_bytes": int(18.98 * 2**30)}
+    assert _failure("INTERNAL: it broke\nsomewhere") == {"error": "INTERNAL: it broke"}
+
+
+def test_finalists_that_fail_leave_what_was_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(load("configs/lm.py:1b,batch=64", [("model.remat", "full")]))
+    plan = Plan(config, Request("v5e:4x4", top=4))
+    known = plan.shortlist().rows
+
+    def compiled(rows: list[Row], _: Any, *, as_trained: bool = False, **__: Any) -> list[Row]:
+        if not as_trained:
+            return rows
+        failed, faster = (dataclasses.replace(row, known_by=AS_TRAINED) for row in rows)
+        twice = 2 * faster.tokens_per_second_per_chip
+        line = predict((), None)  # type: ignore[arg-type]
+        return [
+            dataclasses.replace(faster, timeline=line, tokens_per_second_per_chip=twice),
+            dataclasses.replace(failed, error="exit code 1"),
+        ]
+
+    monkeypatch.setattr("jaxscale.plan.run.compile_rows", compiled)
+    ranked = plan.compile(lambda line: None)
+    assert [row.known_by for row in ranked] == [AS_TRAINED, *["closed form"] * 3]
+    assert ranked[0].candidate is known[1].candidate
+    assert ranked[1:] == [known[0], *known[2:]]
 
 
 def small(*knobs: tuple[str, str]) -> Any:

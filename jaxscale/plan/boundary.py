@@ -5,7 +5,6 @@ of sizes until one fits and the next does not. Without a compiler the closed for
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 from jaxscale.config import Config, ConfigError
 from jaxscale.data.workers import Stop, never
@@ -47,8 +46,11 @@ class Search:
           of_length: which of the two.
         """
         self.config, self.options, self.of_length = config, options, of_length
-        self.ladder = lengths() if of_length else batches(options.slice.num_devices)
+        self.remats = list(dict.fromkeys(options.remats or REMATS))
         self._leanest: dict[tuple[Remat, int], Row | None] = {}
+        sizes = lengths() if of_length else batches(options.slice.num_devices)
+        # What no mesh can cut is no step of the ladder.
+        self.ladder = [size for size in sizes if self._candidates(self.remats[0], size)]
 
     def leanest(self, remat: Remat, size: int) -> Row | None:
         """Return the candidate that needs the least, by the closed form; None if none is valid."""
@@ -99,7 +101,10 @@ def lengths() -> list[int]:
 
 def batches(num_devices: int) -> list[int]:
     """Return the ladder of sequences per step."""
-    return _ladder(1, num_devices * MOST_ROWS_PER_DEVICE)
+    most = num_devices * MOST_ROWS_PER_DEVICE
+    # Slices may have other prime factors than two.
+    odd = num_devices // (num_devices & -num_devices)
+    return sorted({*_ladder(1, most), *(odd * size for size in _ladder(1, most // odd))})
 
 
 def _ladder(least: int, most: int) -> list[int]:
@@ -114,7 +119,7 @@ def _ladder(least: int, most: int) -> list[int]:
 def closed_boundaries(search: Search) -> list[Boundary]:
     """Return where memory ends by the closed form."""
     found = []
-    for remat in search.options.remats or REMATS:
+    for remat in search.remats:
         place = search.closed(remat)
         row = search.leanest(remat, search.ladder[place]) if place >= 0 else None
         found.append(search.boundary(remat, place, row))
@@ -134,7 +139,7 @@ def compiled_boundaries(
     Raises:
       Stopped: `stop` said so; what was compiled is kept.
     """
-    remats: Sequence[Remat] = search.options.remats or REMATS
+    remats = search.remats
     places = {remat: max(search.closed(remat), 0) for remat in remats}
     known: dict[Remat, dict[int, Row | None]] = {remat: {} for remat in remats}
     while places:
@@ -142,6 +147,11 @@ def compiled_boundaries(
         asked = [row for row in rows.values() if row is not None]
         compiled = compile_rows(asked, search.options, progress=progress, stop=stop)
         answers = {row.candidate: row for row in compiled}
+        for answer in compiled:
+            if answer.error:
+                # No boundary of memory.
+                mesh = answer.candidate.mesh_words
+                raise ConfigError(f"{mesh} could not be compiled: {answer.error}")
         for remat, row in rows.items():
             known[remat][places[remat]] = answers[row.candidate] if row else None
         steps = {remat: _next(known[remat], len(search.ladder)) for remat in places}

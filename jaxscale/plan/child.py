@@ -17,7 +17,9 @@ from jaxscale import child, config_source, records, runtime
 from jaxscale.config import Config
 
 # The compiler says so where a program has no room in a device's memory.
-NO_ROOM = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+NO_ROOM = re.compile(
+    r"\(([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
+)
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -81,8 +83,8 @@ def _failure(error: str) -> dict[str, Any]:
     found = NO_ROOM.search(error)
     if not found:
         return {"error": error.splitlines()[0]}
-    needed, available = (int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
-    return {"needed_bytes": needed, "available_bytes": available}
+    number, unit = filter(None, found.groups())
+    return {"needed_bytes": int(float(number) * UNITS[unit])}
 
 
 if __name__ == "__main__":

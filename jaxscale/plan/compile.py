@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,7 +30,10 @@ COMMAND = (sys.executable, "-m", "jaxscale.plan.child")
 # What a step is traced by: a change in any of it makes another program.
 CODE = (
     *("model", "optimizer.py", "muon.py", "adafactor.py"),
-    *(f"parallel/{name}.py" for name in ("mesh", "sharding", "host_memory", "pipeline")),
+    *(
+        f"parallel/{name}.py"
+        for name in ("mesh", "sharding", "host_memory", "by_layer", "pipeline")
+    ),
     *(f"train/{name}.py" for name in ("state", "step", "loss_scale")),
 )
 SECTIONS = ("model", "mesh", "rules")
@@ -75,7 +79,8 @@ class Job:
         known = config_source.to_mapping(self.config)
         knobs = {name: known[name] for name in SECTIONS}
         knobs |= {name: {k: known[name][k] for k in names} for name, names in TRACED.items()}
-        content = [knobs, self.slice.name, self.slice.num_slices, sorted(self.options)]
+        described = [self.slice.name, self.slice.num_slices, self.slice.chip.description]
+        content = [knobs, described, sorted(self.options)]
         text = json.dumps([content, _code(), _versions()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -171,9 +176,10 @@ def _read(job: Job) -> Compiled | None:
     try:
         known = records.read_json(report)
         program = gzip.decompress(text.read_bytes()).decode() if "argument_bytes" in known else None
-    except (OSError, ValueError):
+        return _from_report(known, program, is_known=True)
+    except (OSError, ValueError, EOFError, zlib.error, TypeError, AttributeError):
+        # What another process was stopped in the middle of.
         return None
-    return _from_report(known, program, is_known=True)
 
 
 def _compile(job: Job, *, stop: Stop) -> Compiled:

@@ -69,9 +69,11 @@ def _slices(slice_: Slice) -> list[Slice]:
     """Return a slice of the same chip for each power of two, and that of the plan."""
     found = {}
     for shape in slice_.chip.topologies:
-        other = parse_topology(f"{slice_.chip.name}:{shape}")
-        if other.num_chips & (other.num_chips - 1) == 0:
+        other = parse_topology(f"{slice_.chip.name}:{shape}", slice_.num_slices)
+        chips = other.num_chips // slice_.num_slices
+        if chips & (chips - 1) == 0:
             found[other.num_chips] = other
+    found[slice_.num_chips] = slice_
     return [found[count] for count in sorted(found)]
 
 
@@ -84,7 +86,11 @@ def _meshes(mesh: MeshConfig, slice_: Slice) -> tuple[MeshConfig, ...]:
         return ()
     shards = [size for size in range(1, rest + 1) if rest % size == 0]
     first, second = BATCH_AXES
-    return tuple(MeshConfig(**kept, **{first: rest // size, second: size}) for size in shards)
+    slices = slice_.num_slices
+    return tuple(
+        MeshConfig(**kept, **{first: rest // size, second: size}, num_slices=slices)
+        for size in shards
+    )
 
 
 def _best(config: Config, options: Options, batch: int) -> Row | None:

@@ -8,6 +8,7 @@ by side without the slow options; the winner and the runner-up then once more, a
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxscale.plan.compile import SLOW_OPTIONS, Compiled, Job, compile_all
 from jaxscale.plan.memory import closed_bytes
 from jaxscale.plan.predict import predict_step
 from jaxscale.plan.roofline import closed_seconds
-from jaxscale.plan.space import Candidate, Remat, candidates
+from jaxscale.plan.space import Candidate, Remat, candidate, candidates
 from jaxscale.plan.timeline import Timeline
 from jaxscale.plan.torus import Network, Slice, described_devices
 
@@ -122,6 +123,9 @@ def shortlist(config: Config, options: Options) -> Shortlist:
     """
     rows = [closed_row(candidate, options.slice) for candidate in _choices(config, options)]
     if not rows:
+        for mesh in options.meshes[:1]:
+            # Says why.
+            candidate(dataclasses.replace(config, mesh=mesh), options.slice)
         raise ConfigError(_no_candidate(config, options))
     least = min(row.needed_bytes for row in rows)
     fitting = [row for row in rows if row.needed_bytes <= ROOM * row.available_bytes]
@@ -147,15 +151,17 @@ def _choices(config: Config, options: Options) -> Iterator[Candidate]:
 
 
 def _various(rows: Sequence[Row], count: int) -> list[Row]:
-    """Return the first so many rows, but no more than two of a mesh: the closed form may err."""
-    found: list[Row] = []
+    """Return the first so many rows, few of each mesh as far as there are several.
+
+    The closed form may err, and then it errs for all of a mesh.
+    """
+    most = max(2, count // 3)
+    places: Counter[Any] = Counter()
+    chosen = []
     for row in rows:
-        alike = sum(row.candidate.mesh == other.candidate.mesh for other in found)
-        if alike < max(2, count // 3):
-            found.append(row)
-        if len(found) == count:
-            break
-    return found
+        places[row.candidate.mesh] += 1
+        chosen.append((places[row.candidate.mesh] > most, row))
+    return [row for _, row in sorted(chosen, key=lambda item: item[0])][:count]
 
 
 def closed_row(candidate: Candidate, slice_: Slice) -> Row:
@@ -218,7 +224,15 @@ def compile_rows(
         progress(
             f"{len(found)}/{len(jobs)} {row.known_by}: {words(row, is_known=compiled.is_known)}"
         )
-    return sorted(found, key=lambda row: (not row.fits, -row.tokens_per_second_per_chip))
+    return ranked(found)
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Return rows that fit, the fastest first, and then the others."""
+    return [
+        *sorted((r for r in rows if r.fits), key=lambda r: -r.tokens_per_second_per_chip),
+        *(row for row in rows if not row.fits),
+    ]
 
 
 def words(row: Row, *, is_known: bool) -> str:
@@ -284,7 +298,7 @@ def smallest_slice(config: Config, options: Options) -> Slice | None:
         if math.prod(shape) <= math.prod(options.slice.shape):
             continue
         slice_ = dataclasses.replace(options.slice, shape=shape)
-        other = dataclasses.replace(options, slice=slice_)
+        other = dataclasses.replace(options, slice=slice_, meshes=())
         bytes_ = (closed_bytes(candidate).live for candidate in _choices(config, other))
         if any(needed <= chip.hbm_bytes_per_device for needed in bytes_):
             return slice_

@@ -60,8 +60,14 @@ class Roofline:
 
     @property
     def bound(self) -> str:
-        """What the step waits for longest: compute, hbm, ici, dcn or host."""
-        busy = {name: getattr(self, name) for name in ("compute", "hbm", "ici", "dcn", "host")}
+        """What the step waits for longest: compute, HBM, ICI, DCN or host."""
+        busy = {
+            "compute": self.compute,
+            "HBM": self.hbm,
+            "ICI": self.ici,
+            "DCN": self.dcn,
+            "host": self.host,
+        }
         return max(busy, key=lambda name: busy[name])
 
 

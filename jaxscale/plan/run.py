@@ -17,7 +17,7 @@ from jaxscale.plan.boundary import Boundary, Search, closed_boundaries, compiled
 from jaxscale.plan.compile import SLOW_OPTIONS
 from jaxscale.plan.curve import CurvePoint, scaling_curve
 from jaxscale.plan.describe import libtpu_version
-from jaxscale.plan.rank import Options, Progress, Row, Shortlist, compile_rows
+from jaxscale.plan.rank import Options, Progress, Row, Shortlist, compile_rows, ranked
 from jaxscale.plan.rank import shortlist as closed_shortlist
 from jaxscale.plan.space import REMATS, Remat
 from jaxscale.plan.torus import Slice, parse_topology
@@ -166,9 +166,10 @@ class Plan:
         chip_options = dict(options.slice.chip.compiler_options)
         if any(name in chip_options for name in SLOW_OPTIONS):
             best = [row for row in self.rows if row.fits][:NUM_FINALISTS]
-            others = [row for row in self.rows if row not in best]
             final = compile_rows(best, options, as_trained=True, progress=progress, stop=stop)
-            self.rows = [*final, *others]
+            done = {row.candidate: row for row in final if row.fits}
+            # Where the slow options find no room, the quick ones still did.
+            self.rows = ranked([done.get(row.candidate, row) for row in self.rows])
         return self.rows
 
     def curves(self) -> dict[str, list[CurvePoint]]:

@@ -27,11 +27,12 @@ CHOSEN = ("mesh", "model.remat", "model.remat_names", "train.global", "train.acc
 LEAST_SHARE = 0.005
 
 
-def header(config: Config, slice_: Slice, short: Shortlist) -> list[str]:
-    """Say what was looked at."""
+def header(config: Config, slice_: Slice, short: Shortlist, *, is_compiled: bool) -> list[str]:
+    """Say what was looked at, and whether the compiler is going to be asked."""
     chip, version = slice_.chip, libtpu_version()
     slices = f"{slice_.num_slices} x " if slice_.num_slices > 1 else ""
-    how = f"compiled by libtpu {version}" if version else f"closed form alone; {INSTALL} compiles"
+    alone = "closed form alone" + ("" if version else f"; {INSTALL} compiles")
+    how = f"compiled by libtpu {version}" if is_compiled else alone
     return [
         f"{slices}{slice_.name}: {slice_.num_chips} chips, "
         f"{format_bytes(chip.hbm_bytes_per_device)} per device; {how}; not run on a TPU",
@@ -61,7 +62,7 @@ def _cells(row: Row) -> Iterator[str]:
     yield f"{row.mfu:.1%}" if known else "-"
     share = row.needed_bytes / row.available_bytes
     yield f"{format_bytes(row.needed_bytes)} {share:.0%}"
-    yield "yes" if row.fits else "NO"
+    yield "?" if row.error else "yes" if row.fits else "NO"
     yield row.error or row.bound
     yield f"{row.compile_seconds:.0f} s" if row.known_by != CLOSED_FORM else "-"
     yield row.known_by
@@ -162,20 +163,29 @@ def price_line(row: Row, dollars_per_chip_hour: float) -> str:
     )
 
 
-def command(source: str | None, workdir: str | None, given: Config, row: Row) -> str:
+def command(
+    source: str | None,
+    workdir: str | None,
+    overrides: Sequence[tuple[str, str]],
+    *,
+    given: Config,
+    row: Row,
+) -> str:
     """Return the command that trains a row.
 
     Args:
       source: the config file and its argument; None where the workdir has the config.
       workdir: the folder of the run; None where none was named.
+      overrides: knobs that the user set, and their values.
       given: the resolved config, before the planner changed it.
       row: the choice.
     """
     before, after = flatten(given), flatten(row.candidate.config)
-    knobs = []
+    knobs = dict(overrides)
     for key, value in after.items():
         if value != before[key] and key.startswith(CHOSEN):
-            text = ",".join(map(str, value)) if isinstance(value, list) else value
-            knobs.append(shlex.quote(f"--config.{key}={text}"))
-    config = [f"--config={source}"] if source else []
-    return " ".join(["jaxscale train", *config, *knobs, f"--workdir={workdir or 'DIR'}"])
+            knobs[key] = ",".join(map(str, value)) if isinstance(value, list) else value
+    words = [f"--config={source}"] if source else []
+    words += [f"--config.{key}={value}" for key, value in knobs.items()]
+    words.append(f"--workdir={workdir or 'DIR'}")
+    return " ".join(["jaxscale train", *map(shlex.quote, words)])

@@ -92,7 +92,9 @@ def plan(args: argparse.Namespace) -> int:
             edges = found.find_boundaries(progress, stop=stop.asked)
             print("\n".join(table.boundary_lines(edges, found.of_length)))
         else:
-            print("\n".join(table.header(found.config, found.options.slice, found.shortlist())))
+            slice_, short = found.options.slice, found.shortlist()
+            lines = table.header(found.config, slice_, short, is_compiled=found.is_compiled)
+            print("\n".join(lines))
         if found.is_compiled:
             found.compile(progress, stop=stop.asked)
     print("\n".join(table.table(found.rows)))
@@ -101,11 +103,13 @@ def plan(args: argparse.Namespace) -> int:
     curves = found.curves()
     for kept, points in curves.items():
         print("\n".join(table.curve_lines(kept, points)))
-    if args.price:
+    if args.price and winner.fits:
         print(table.price_line(winner, args.price))
     for part in table.explain(winner.timeline) if args.explain and winner.timeline else []:
         console.print(part)
-    print(table.command(args.config, args.workdir, config, winner))
+    if winner.fits:
+        overrides = args.overrides
+        print(table.command(args.config, args.workdir, overrides, given=config, row=winner))
     rows = to_rows(found, curves)
     write_result(args, found.config, rows)
     if args.workdir:

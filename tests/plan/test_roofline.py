@@ -176,7 +176,7 @@ def test_the_longest_wait_is_named() -> None:
     assert seconds().bound == "compute"
     fields = {"compute": 0.1, "hbm": 0.1, "ici": 0.5, "dcn": 0.1, "host": 0.2}
     found = Roofline(**fields, bubble=0.05, exposed=0.2)
-    assert found.bound == "ici"
+    assert found.bound == "ICI"
     assert found.total == pytest.approx(max(0.1, 0.5 + 0.1 - 0.2) + 0.2 + 0.05)
 
 
