@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None, planner: Planner | None = None) -> i
             records.check_writable(args.json.absolute().parent, f"--json={args.json}")
         if args.table:
             check_page(args.table)
-        rebuilt = [to_run(row) for row in rows if row.id in wanted]
+        unasked = "not asked for by --only"
+        rebuilt = [to_run(r) if r.id in wanted else Skipped(r.id, unasked) for r in rows]
         compiling = {"slow_options": args.slow_options, "num_processes": args.num_processes}
         planner = planner or functools.partial(real_planner, **compiling)
         result = backtest(rebuilt, planner, args)
