@@ -1,16 +1,14 @@
 """What compiled steps cost, against figures in a file: a regression in communication shows here."""
 
 import copy
-import os
 import runpy
-import subprocess
-import sys
 from typing import Any
 
 import jax
 import pytest
 
 from tests.conftest import ROOT
+from tests.scripts import check_script
 
 SCRIPT = ROOT / "scripts" / "compiled_costs.py"
 COSTS = runpy.run_path(str(SCRIPT))
@@ -26,14 +24,7 @@ def known() -> dict[str, Any]:
 def test_compiled_steps_cost_what_the_file_says() -> None:
     """The same program as for a user: without the flags and the cache of the tests."""
     known()
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--check"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    check_script("compiled_costs.py")
 
 
 def test_a_change_beyond_its_margin_is_named() -> None:

@@ -2,14 +2,12 @@
 
 import copy
 import json
-import os
 import runpy
-import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.scripts import check_script
 
 SCRIPT = ROOT / "scripts" / "planned_costs.py"
 COSTS = runpy.run_path(str(SCRIPT))
@@ -20,14 +18,7 @@ def test_steps_on_tpus_cost_what_the_file_says() -> None:
     pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
     if COSTS["versions"]() not in json.loads(COSTS["FILE"].read_text()):
         pytest.skip(f"tests/planned_costs.json has no figures of {COSTS['versions']()}")
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--check"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    check_script("planned_costs.py")
 
 
 def test_a_change_beyond_its_margin_is_named() -> None:

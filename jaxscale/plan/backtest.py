@@ -13,8 +13,8 @@ from typing import Any
 from jaxscale import records, runtime
 from jaxscale.config import ConfigError
 from jaxscale.plan import roofline, score
+from jaxscale.plan.predict import network
 from jaxscale.plan.published import Run, Skipped
-from jaxscale.plan.rank import network
 from jaxscale.plan.score import Errors, Prediction
 from jaxscale.plan.shares import SHARES, Shares
 from jaxscale.plan.space import candidate

@@ -42,7 +42,7 @@ class Search:
 
         Args:
           config: resolved.
-          options: what to choose from; its batches or lengths are not looked at.
+          options: what to choose from.
           of_length: which of the two.
         """
         self.config, self.options, self.of_length = config, options, of_length

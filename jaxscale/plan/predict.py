@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from jaxscale.config import Config
+from jaxscale.config import MeshConfig
 from jaxscale.parallel.mesh import abstract_mesh, device_grid
 from jaxscale.plan.compile import Compiled, Job
 from jaxscale.plan.kernels import Attention
@@ -45,7 +45,7 @@ def prices_of(job: Job, *, shares: Shares = SHARES, is_causal: bool = True) -> P
     return Prices(
         chip=job.slice.chip,
         shares=shares,
-        network=_network(config, job.slice),
+        network=network(config.mesh, job.slice),
         attention=Attention(config.data.length, config.model.attention_window, is_causal),
     )
 
@@ -56,6 +56,7 @@ def schedule_of(text: str, job: Job) -> tuple[Event, ...]:
     return read_schedule(text, abstract_mesh(job.config.mesh, job.slice.num_devices))
 
 
-@functools.lru_cache(maxsize=64)
-def _network(config: Config, slice_: Slice) -> Network:
-    return Network(slice_, device_grid(config.mesh, described_devices(slice_)))
+@functools.lru_cache(maxsize=4096)
+def network(mesh: MeshConfig, slice_: Slice) -> Network:
+    """Return the network of a slice with a mesh placed on it."""
+    return Network(slice_, device_grid(mesh, described_devices(slice_)))

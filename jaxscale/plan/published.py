@@ -26,7 +26,7 @@ from jaxscale.hardware import TPUS, Chip
 from jaxscale.model.attention.attend import check_attention
 from jaxscale.model.cost import num_matmul_parameters, train_flops_per_token
 from jaxscale.model.decoder import check_mesh
-from jaxscale.parallel.mesh import AXES, SLOW_AXES, axis_sizes
+from jaxscale.parallel.mesh import AXES, BATCH_AXES, SLOW_AXES, axis_sizes
 from jaxscale.parallel.sharding import Rules, check_divides
 from jaxscale.plan import words
 from jaxscale.plan.rows import Row
@@ -34,7 +34,6 @@ from jaxscale.resolve import resolve
 
 CHIPS = {chip.name: chip for chip in TPUS}
 _LISTED_SLOW_AXES = " or ".join(SLOW_AXES)
-BATCH_AXES = SLOW_AXES[:1] + AXES[2:3]  # replicas and shards of parameters
 # How far the parameters of the rebuilt model may be from the published number.
 PARAMETERS_TOLERANCE = 0.02
 

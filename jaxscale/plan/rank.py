@@ -6,23 +6,22 @@ by side without the slow options; the winner and the runner-up then once more, a
 """
 
 import dataclasses
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxscale.config import Config, ConfigError, MeshConfig
+from jaxscale.console import format_bytes
 from jaxscale.data.workers import Stop, never
 from jaxscale.model.cost import train_flops_per_token
-from jaxscale.parallel.mesh import device_grid
 from jaxscale.plan.compile import SLOW_OPTIONS, Compiled, Job, compile_all
 from jaxscale.plan.memory import closed_bytes
-from jaxscale.plan.predict import predict_step
+from jaxscale.plan.predict import network, predict_step
 from jaxscale.plan.roofline import closed_seconds
 from jaxscale.plan.space import Candidate, Remat, candidate, candidates
 from jaxscale.plan.timeline import Timeline
-from jaxscale.plan.torus import Network, Slice, described_devices
+from jaxscale.plan.torus import Slice
 
 # Of a device's memory, what a program may take by the closed form to be compiled at all: it may be
 # so much too high.
@@ -38,8 +37,6 @@ class Options:
       slice: the chips.
       meshes: to choose from; empty: all.
       remats: to choose from; empty: those that the planner knows.
-      batches: sequences per step to choose from; empty: the config's.
-      lengths: tokens per sequence to choose from; empty: the config's.
       top: candidates that are compiled.
       num_processes: that compile at a time; 0 = one for each core of the host.
     """
@@ -47,8 +44,6 @@ class Options:
     slice: Slice
     meshes: tuple[MeshConfig, ...] = ()
     remats: tuple[Remat, ...] = ()
-    batches: tuple[int, ...] = ()
-    lengths: tuple[int, ...] = ()
     top: int = 6
     num_processes: int = 0
 
@@ -99,13 +94,11 @@ class Shortlist:
       num_candidates: that the config can take on the slice.
       num_fitting: of these, those with room by the closed form.
       rows: those to compile, best first.
-      least_bytes: of the candidate that needs the least.
     """
 
     num_candidates: int
     num_fitting: int
     rows: list[Row]
-    least_bytes: int
 
 
 Progress = Callable[[str], None]
@@ -133,21 +126,13 @@ def shortlist(config: Config, options: Options) -> Shortlist:
         raise ConfigError(_no_room(config, options, least))
     sure = sum(row.fits for row in fitting)
     # What is over the limit by the closed form stands behind all that is not.
-    fitting.sort(key=lambda row: (not row.fits, -row.tokens_per_second_per_chip))
-    return Shortlist(len(rows), sure, _various(fitting, options.top), least)
+    return Shortlist(len(rows), sure, _various(ranked(fitting), options.top))
 
 
 def _choices(config: Config, options: Options) -> Iterator[Candidate]:
-    for length in options.lengths or (config.data.length,):
-        for batch in options.batches or (config.train.global_batch_size,):
-            yield from candidates(
-                config,
-                options.slice,
-                meshes=options.meshes or "auto",
-                remat=options.remats or "auto",
-                batch=batch,
-                length=length,
-            )
+    return candidates(
+        config, options.slice, meshes=options.meshes or "auto", remat=options.remats or "auto"
+    )
 
 
 def _various(rows: Sequence[Row], count: int) -> list[Row]:
@@ -169,12 +154,6 @@ def closed_row(candidate: Candidate, slice_: Slice) -> Row:
     roofline = closed_seconds(candidate, slice_.chip, network(candidate.config.mesh, slice_))
     needed = int(closed_bytes(candidate).live)
     return _row(candidate, slice_, CLOSED_FORM, needed, roofline.total, bound=roofline.bound)
-
-
-@functools.lru_cache(maxsize=4096)
-def network(mesh: MeshConfig, slice_: Slice) -> Network:
-    """Return the network of a slice with a mesh placed on it."""
-    return Network(slice_, device_grid(mesh, described_devices(slice_)))
 
 
 def _row(
@@ -240,7 +219,7 @@ def words(row: Row, *, is_known: bool) -> str:
     name = f"{row.candidate.mesh_words}, {row.candidate.remat_words}"
     if row.error:
         return f"{name}: {row.error}"
-    needed = f"{row.needed_bytes / 2**30:.1f} GiB"
+    needed = format_bytes(row.needed_bytes)
     time = f"{row.seconds:.4g} s" if row.fits else "no room"
     how = "known" if is_known else f"compiled in {row.compile_seconds:.0f} s"
     return f"{name}: {needed}, {time} ({how})"

@@ -57,8 +57,6 @@ def make_options(request: Request) -> Options:
         slice=slice_,
         meshes=tuple(_mesh(text, slice_) for text in request.meshes if text != AUTO),
         remats=tuple(_remat(text) for text in request.remat if text != AUTO),
-        batches=_sizes("--batch", request.batch),
-        lengths=_sizes("--length", request.length),
         top=request.top,
         num_processes=request.processes,
     )
@@ -84,12 +82,13 @@ def _remat(text: str) -> Remat:
     return Remat(kind, tuple(name.strip() for name in names.split(",")) if names else ())
 
 
-def _sizes(option: str, text: str) -> tuple[int, ...]:
+def _size(option: str, text: str) -> int:
+    """Return the number that was asked for; 0 where none was."""
     if text in ("", AUTO):
-        return ()
+        return 0
     if not text.isdecimal() or int(text) == 0:
         raise ConfigError(f"{option}={text} is neither auto nor a number from 1 on")
-    return (int(text),)
+    return int(text)
 
 
 class Plan:
@@ -111,8 +110,8 @@ class Plan:
         self.is_search = AUTO in (request.batch, request.length)
         data, train = config.data, config.train
         # What one number was asked for is the config's from here on.
-        length = (*self.options.lengths, data.length)[0]
-        batch = (*self.options.batches, train.global_batch_size)[0]
+        length = _size("--length", request.length) or data.length
+        batch = _size("--batch", request.batch) or train.global_batch_size
         self.config = dataclasses.replace(
             config,
             data=dataclasses.replace(data, length=length),

@@ -1,9 +1,6 @@
 """Closed-form bytes: by hand, and against the TPU compiler's."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,7 +15,7 @@ from jaxscale.plan.torus import parse_topology
 from jaxscale.resolve import resolve
 from jaxscale.train.memory import bytes_on_device
 from jaxscale.train.state import abstract_state, assemble
-from tests.conftest import ROOT
+from tests.scripts import check_script
 
 # The sharding of arrays alone; the closed form counts tiles, which are never smaller.
 MOST_PADDING = 1.6
@@ -162,11 +159,4 @@ def test_the_parts_add_up() -> None:
 def test_bytes_are_near_the_compilers() -> None:
     """Of the twenty configurations of the script, as many as there is time for."""
     pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "closed_bytes.py"), "--check", "--count=6"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    check_script("closed_bytes.py", "--count=6")
