@@ -156,7 +156,7 @@ def compile_runs(
     Options that this compiler does not know are left out, and slow ones unless asked for. Where
     the logits of all tokens have no room, they are computed in parts, as few peers do.
     """
-    from jaxscale.plan.compile import SLOW_OPTIONS, Job, compile_all
+    from jaxscale.plan.compile import Job, compile_all, quick
     from jaxscale.plan.torus import parse_topology
 
     programs: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def compile_runs(
     waiting: dict[Any, list[Run]] = {}
     for run in runs:
         slice_ = parse_topology(run.topology, run.num_slices)
-        options = tuple(pair for pair in run.options if slow_options or pair[0] not in SLOW_OPTIONS)
+        options = run.options if slow_options else quick(run.options)
         waiting.setdefault(Job(run.config, slice_, options), []).append(run)
     while waiting:
         again: dict[Any, list[Run]] = {}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxscale import config_source, runtime
-from jaxscale.plan.compile import Compiled, Job, compile_all
+from jaxscale.plan.compile import Compiled, Job, compile_all, quick
 from jaxscale.plan.describe import libtpu_version
 from jaxscale.plan.predict import predict_step
 from jaxscale.plan.torus import parse_topology
@@ -108,11 +108,12 @@ def costs() -> dict[str, dict[str, float]]:
 
 
 def job_of(preset: str, topology: str, num_slices: int, knobs: dict[str, Any]) -> Job:
-    """Return what is compiled for a pair."""
+    """Return what is compiled for a pair: with the chip's options but for the slow ones."""
     knobs = {**knobs, "mesh.num_slices": num_slices}
     overrides = [(name, str(value)) for name, value in knobs.items()]
     config = config_source.load(f"{ROOT / 'configs' / 'lm.py'}:{preset}", overrides)
-    return Job(resolve(config), parse_topology(topology, num_slices))
+    slice_ = parse_topology(topology, num_slices)
+    return Job(resolve(config), slice_, quick(slice_.chip.compiler_options))
 
 
 def figures(job: Job, compiled: Compiled) -> dict[str, float]:
@@ -123,7 +124,8 @@ def figures(job: Job, compiled: Compiled) -> dict[str, float]:
     """
     if compiled.text is None:
         raise RuntimeError(compiled.error or f"no room for {compiled.needed_bytes:,} bytes")
-    line = predict_step(job, compiled)
+    wanted = job.slice.chip.compiler_options
+    line = predict_step(job, compiled, has_small_tiles=job.lacks_slow_options(wanted))
     return {
         "seconds": line.seconds,
         "bytes": compiled.peak_bytes,

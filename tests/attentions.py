@@ -14,7 +14,7 @@ B, N, K, H = 2, 4, 2, 8
 def draw(length: int, documents: int, num_kv_heads: int = K) -> Operands:
     """Return random operands of so many tokens and documents, the latter None for 0."""
     random = np.random.default_rng(0)
-    q = random.normal(size=(B, length, N, H)).astype(np.float32)
+    q = (random.normal(size=(B, length, N, H)) * H**-0.5).astype(np.float32)
     k, v = random.normal(size=(2, B, length, num_kv_heads, H)).astype(np.float32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (B, length))
     segments = None

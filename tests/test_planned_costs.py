@@ -16,8 +16,10 @@ COSTS = runpy.run_path(str(SCRIPT))
 @pytest.mark.slow
 def test_steps_on_tpus_cost_what_the_file_says() -> None:
     pytest.importorskip("libtpu", reason="the extra `tpu` is not installed")
-    if COSTS["versions"]() not in json.loads(COSTS["FILE"].read_text()):
-        pytest.skip(f"tests/planned_costs.json has no figures of {COSTS['versions']()}")
+    # Of another jaxlib than the lock's there is nothing; of the lock's own there must be.
+    jaxlib, _, _ = COSTS["versions"]().partition(" libtpu")
+    if not any(name.startswith(jaxlib) for name in json.loads(COSTS["FILE"].read_text())):
+        pytest.skip(f"tests/planned_costs.json has no figures of {jaxlib.rstrip(',')}")
     check_script("planned_costs.py")
 
 

@@ -108,7 +108,8 @@ def test_commands_run(run: Run, tmp_path: pathlib.Path) -> None:
         result = run(block.replace(PORT, free_port()))
         assert result.returncode == 0, f"{block}\n{result.stdout}"
     verbs = set((tmp_path / "verbs").read_text().split())
-    assert verbs == {"doctor", "prepare", "verify", "sweep", "train", "evaluate", "generate"}
+    others = {"doctor", "prepare", "verify", "plan", "sweep", "evaluate", "generate"}
+    assert verbs == {"train", *others}
 
     tiny, two = tmp_path / "runs" / "tiny", tmp_path / "runs" / "two"
     assert checkpoints(tiny) == [STEPS, MORE_STEPS], "the second mesh went on where the first ended"

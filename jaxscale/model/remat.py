@@ -66,8 +66,7 @@ def _policy(model: ModelConfig, rules: Rules) -> Policy | None:
     if model.remat == "full":
         return policies.nothing_saveable
     if model.remat == "dots":
-        # Those of weights alone: attention's scores have batch dimensions and grow with length^2.
-        return policies.dots_with_no_batch_dims_saveable
+        return _keep_products
     on_device = [name for name in model.remat_names if not name.startswith(OFFLOAD)]
     on_host = [name.removeprefix(OFFLOAD) for name in model.remat_names if name not in on_device]
     return policies.save_and_offload_only_these_names(
@@ -78,17 +77,28 @@ def _policy(model: ModelConfig, rules: Rules) -> Policy | None:
     )
 
 
+def _keep_products(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Keep products with weights: scores have batch dimensions, and grow with length^2."""
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return keep(primitive, *operands, **params) and not _turns(operands)
+
+
 def _keep_activations(primitive: Any, *operands: Any, **params: Any) -> bool:
     """Keep every activation, but no copy of weights, and nothing twice.
 
     Gathered weights would undo FSDP's sharding. A nonlinearity is as quickly computed as read.
     """
     if primitive.name == "dot_general":
-        return True
+        return not _turns(operands)
     if primitive.name == "convert_element_type":
         grows = params["new_dtype"].itemsize > operands[0].dtype.itemsize
         return not (grows or _is_gathered(operands))
     return not (primitive.name in RECOMPUTED or _is_gathered(operands))
+
+
+def _turns(operands: tuple[Any, ...]) -> bool:
+    """Tell whether a product turns features, as rotary positions do on TPUs: no weights are 2-D."""
+    return sorted(operand.ndim for operand in operands) == [2, 4]
 
 
 def _is_gathered(operands: tuple[Any, ...]) -> bool:

@@ -26,6 +26,8 @@ from jaxscale.plan.describe import ENVIRONMENT, libtpu_version
 from jaxscale.plan.torus import Slice
 from jaxscale.plan.words import refused_option
 
+Options = tuple[tuple[str, str], ...]
+
 COMMAND = (sys.executable, "-m", "jaxscale.plan.child")
 # What a step is traced by: a change in any of it makes another program.
 CODE = (
@@ -55,6 +57,11 @@ SLOW_OPTIONS = ("xla_tpu_scoped_vmem_limit_kib",)
 SPARSE_CORE = "sparse_core"
 
 
+def quick(options: Options) -> Options:
+    """Return compiler options without the slow ones."""
+    return tuple(pair for pair in options if pair[0] not in SLOW_OPTIONS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A step to compile.
@@ -67,9 +74,9 @@ class Job:
 
     config: Config
     slice: Slice
-    options: tuple[tuple[str, str], ...] = ()
+    options: Options = ()
 
-    def lacks_slow_options(self, wanted: Sequence[tuple[str, str]]) -> bool:
+    def lacks_slow_options(self, wanted: Options) -> bool:
         """Tell whether a slow one of the wanted options was left out."""
         return any(name in SLOW_OPTIONS and name not in dict(self.options) for name, _ in wanted)
 

@@ -39,7 +39,8 @@ def describe(slice_: Slice) -> list[Any]:
     """
     if libtpu_version() is None:
         raise ConfigError(f"there is no TPU compiler; install it: {INSTALL}")
-    os.environ.update(ENVIRONMENT)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     settings: dict[str, Any] = dict(slice_.chip.description)

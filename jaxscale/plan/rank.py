@@ -15,7 +15,7 @@ from jaxscale.config import Config, ConfigError, MeshConfig
 from jaxscale.console import format_bytes
 from jaxscale.data.workers import Stop, never
 from jaxscale.model.cost import train_flops_per_token
-from jaxscale.plan.compile import SLOW_OPTIONS, Compiled, Job, compile_all
+from jaxscale.plan.compile import Compiled, Job, compile_all, quick
 from jaxscale.plan.memory import closed_bytes
 from jaxscale.plan.predict import network, predict_step
 from jaxscale.plan.roofline import closed_seconds
@@ -227,9 +227,7 @@ def words(row: Row, *, is_known: bool) -> str:
 
 def _job(candidate: Candidate, slice_: Slice, as_trained: bool) -> Job:
     options = slice_.chip.compiler_options
-    if not as_trained:
-        options = tuple(pair for pair in options if pair[0] not in SLOW_OPTIONS)
-    return Job(candidate.config, slice_, options)
+    return Job(candidate.config, slice_, options if as_trained else quick(options))
 
 
 def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, known_by: str) -> Row:

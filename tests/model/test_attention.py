@@ -20,7 +20,7 @@ from jaxscale.model.attention.dense import Operands, dense_attention
 from jaxscale.model.attention.ring import zigzag_order
 from jaxscale.parallel.mesh import make_mesh
 from jaxscale.parallel.sharding import Rules
-from tests.attentions import H, K, N, draw, with_gradients
+from tests.attentions import K, N, draw, with_gradients
 from tests.programs import GRADIENT_TOLERANCE_F32, relative_errors
 
 
@@ -30,7 +30,7 @@ def by_hand(x: Operands, window: int) -> np.ndarray:
     for b, i, n in np.ndindex(q.shape[:3]):
         oldest = max(0, i - window + 1) if window else 0
         seen = [j for j in range(oldest, i + 1) if segments[b, i] == segments[b, j]]
-        scores = np.array([q[b, i, n] @ k[b, j, n * K // N] for j in seen]) / np.sqrt(H)
+        scores = np.array([q[b, i, n] @ k[b, j, n * K // N] for j in seen])
         weights = np.exp(scores - scores.max())
         values = v[b, seen, n * K // N]
         out[b, i, n] = (weights / weights.sum()) @ values

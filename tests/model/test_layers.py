@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxscale.config import ModelConfig, RulesConfig
+from jaxscale.model import layers
 from jaxscale.model.attention.dense import Span
 from jaxscale.model.decoder import define
 from jaxscale.model.layers import MLP, Norm, rotary
@@ -30,6 +31,39 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
     assert score(5, 2) == pytest.approx(score(105, 102), rel=1e-4)
     assert score(5, 2) != pytest.approx(score(5, 3), rel=1e-2)
     assert score(0, 0) == pytest.approx(float(np.sum(q * k)), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotary_of_tpus_is_that_of_others(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, random = ModelConfig(head_dim=16), np.random.default_rng(0)
+    x, cotangent = (jnp.asarray(a, dtype) for a in random.normal(size=(2, 2, 8, 3, 16)))
+    positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
+    found = []
+    for kind in ("cpu", "TPU v5 lite"):
+        monkeypatch.setattr(layers, "device_kind", lambda kind=kind: kind)
+        out, transpose = jax.vjp(lambda x: rotary(x, positions, model, scale=0.3), x)
+        found.append([np.asarray(a, np.float32) for a in (out, *transpose(cotangent))])
+    (out, gradient), (tpu_out, tpu_gradient) = found
+    np.testing.assert_array_equal(tpu_out, out)
+    # Of two terms one is rounded to bfloat16, which has 8 bits, before they are summed.
+    margin = 0.0 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(tpu_gradient, gradient, rtol=0, atol=margin * np.abs(gradient).max())
+
+
+def test_what_turns_features_on_tpus_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_config(model={"remat": "dots"}).model
+    definition = define(model, Rules.make(RulesConfig()))
+    tokens = np.zeros((1, 4), np.int32)
+
+    def kept(kind: str) -> list[tuple[int, ...]]:
+        monkeypatch.setattr(layers, "device_kind", lambda: kind)
+        run = lambda params: definition.bind(params)(tokens, Span(tokens))[0]  # noqa: E731
+        leaves = jax.eval_shape(lambda params: jax.vjp(run, params)[1], definition.shapes)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(leaves)]
+        return sorted(shape for shape in shapes if shape != turn)
+
+    turn = (model.head_dim, model.head_dim)  # the constant itself
+    assert kept("TPU v5 lite") == kept("cpu")
 
 
 def angles(model: ModelConfig, position: int) -> np.ndarray:

@@ -87,7 +87,7 @@ def block_size(length: int) -> int:
 
 
 def chunked_attention(x: Operands, window: int, rank: Any = None) -> jax.Array:
-    """Return softmax(q k / sqrt(H)) v, (B, L, N, H), in q's dtype.
+    """Return softmax(q k) v, (B, L, N, H), in q's dtype.
 
     A query that sees no key gets a mean of values, which no loss reads.
 
@@ -224,8 +224,7 @@ def add_gradients(
         weights_BKGQC = jnp.exp(_scores(q_BKGQH, k_BKCH) - log_total_BKGQ1)
         weights_BKGQC = jnp.where(_mask(work, i, j), weights_BKGQC, 0.0)
         d_weights_BKGQC = product("bkgqh,bkch->bkgqc", d_out_BKGQH, v_BKCH)
-        scale = q_BKGQH.shape[-1] ** -0.5
-        d_scores_BKGQC = weights_BKGQC * (d_weights_BKGQC - d_sum_BKGQ1) * scale
+        d_scores_BKGQC = weights_BKGQC * (d_weights_BKGQC - d_sum_BKGQ1)
         d_scores_BKGQC = d_scores_BKGQC.astype(q_BKGQH.dtype)
         weights_BKGQC = weights_BKGQC.astype(q_BKGQH.dtype)
         q, k, v = gradients
@@ -266,7 +265,7 @@ def _visit(add_pair: Callable[..., Any], sums: Any, work: Work) -> Any:
 
 
 def _scores(q_BKGQH: jax.Array, k_BKCH: jax.Array) -> jax.Array:
-    return product("bkgqh,bkch->bkgqc", q_BKGQH, k_BKCH) * q_BKGQH.shape[-1] ** -0.5
+    return product("bkgqh,bkch->bkgqc", q_BKGQH, k_BKCH)
 
 
 def _mask(work: Work, i: Any, j: Any) -> jax.Array:

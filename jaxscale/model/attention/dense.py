@@ -37,7 +37,7 @@ class Operands(NamedTuple):
     """What attention is computed from.
 
     Attributes:
-      q_BLNH: queries.
+      q_BLNH: queries, scaled by 1/sqrt(H).
       k_BSKH: keys; query heads of a group share one.
       v_BSKH: values.
       queries: where the queries stand.
@@ -69,7 +69,7 @@ def visible(queries: Span, keys: Span, window: int) -> jax.Array:
 
 
 def dense_attention(x: Operands, window: int) -> jax.Array:
-    """Return softmax(q k / sqrt(H)) v for grouped queries, shape (B, L, N, H), in q's dtype.
+    """Return softmax(q k) v for grouped queries, shape (B, L, N, H), in q's dtype.
 
     A query that sees no key gets the mean of the values, which no loss reads.
 
@@ -80,7 +80,6 @@ def dense_attention(x: Operands, window: int) -> jax.Array:
     q_BKGLH, k_BKSH, v_BKSH = heads_first(x)
     mask_BLS = visible(x.queries, x.keys, window)
     scores_BKGLS = contract("bkglh,bksh->bkgls", q_BKGLH, k_BKSH, dtype=jnp.float32)
-    scores_BKGLS *= q_BKGLH.shape[-1] ** -0.5
     scores_BKGLS = jnp.where(mask_BLS[:, None, None], scores_BKGLS, MASKED)
     weights_BKGLS = jax.nn.softmax(scores_BKGLS, axis=-1).astype(v_BKSH.dtype)
     out_BKGLH = contract("bkgls,bksh->bkglh", weights_BKGLS, v_BKSH)

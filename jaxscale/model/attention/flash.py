@@ -40,7 +40,7 @@ CUDNN_HEAD_DIM = 128
 
 
 def flash_attention(x: Operands, window: int, rank: Any = None) -> jax.Array:
-    """Return softmax(q k / sqrt(H)) v, (B, L, N, H), in q's dtype, by the platform's kernel.
+    """Return softmax(q k) v, (B, L, N, H), in q's dtype, by the platform's kernel.
 
     Args:
       x: queries, keys, values; the keys stand at 0, 1, ...
@@ -100,15 +100,14 @@ def splash_attention(
 
     Inside a shard_map it needs `check_vma=False`. With `interpret` it runs on any device, slowly.
     """
-    L, S, H = x.q_BLNH.shape[1], x.k_BSKH.shape[1], x.q_BLNH.shape[3]
+    L, S = x.q_BLNH.shape[1], x.k_BSKH.shape[1]
     kernel = _splash_kernel(S, S // L, x.q_BLNH.shape[2], window, interpret)
     if rank is not None:
         kernel = jax.tree.map(functools.partial(_part, rank=rank, num_parts=S // L), kernel)
     segments = None
     if x.queries.segments_BL is not None and x.keys.segments_BL is not None:
         segments = splash.SegmentIds(x.queries.segments_BL, x.keys.segments_BL)
-    # The kernel does not scale; a power of two, as for head_dim 64 or 256, rounds nothing here.
-    operands = (x.q_BLNH * H**-0.5, x.k_BSKH, x.v_BSKH)
+    operands = (x.q_BLNH, x.k_BSKH, x.v_BSKH)
     out_BNLH: Any = jax.vmap(kernel)(*(jnp.swapaxes(a, 1, 2) for a in operands), segments)
     return jnp.swapaxes(out_BNLH, 1, 2)
 
@@ -167,6 +166,7 @@ def cudnn_attention(x: Operands, window: int, rank: Any = None) -> jax.Array:
         x.q_BLNH,
         x.k_BSKH,
         x.v_BSKH,
+        scale=1.0,
         is_causal=True,
         local_window_size=(window - 1, 0) if window else None,
         implementation="cudnn",

@@ -52,7 +52,7 @@ def zigzag_order(length: int, num_parts: int) -> np.ndarray:
 
 
 def ring_attention(x: Operands, axes: Axes, window: int) -> jax.Array:
-    """Return softmax(q k / sqrt(H)) v over all tokens, (B, L, N, H), for the queries here.
+    """Return softmax(q k) v over all tokens, (B, L, N, H), for the queries here.
 
     Args:
       x: this device's part of the tokens, which are in zigzag order.
