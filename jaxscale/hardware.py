@@ -5,6 +5,7 @@ and dense (no sparsity); the comment beside each row names the pages that they c
 """
 
 import dataclasses
+import math
 
 GIB = 2**30
 
@@ -16,10 +17,14 @@ class Chip:
     name: str
     # The strings that `jax.Device.device_kind` gives for it.
     device_kinds: tuple[str, ...]
+    # As `jax.Device.platform` has it.
+    platform: str = "tpu"
     # JAX devices on a chip: 1, or its number of cores where each core is a device.
     devices_per_chip: int = 1
     chips_per_host: int
     hbm_bytes: int
+    # Of a device's memory, what its programs can have; 0 = all of it.
+    usable_bytes: int = 0
     hbm_bytes_per_second: float
     bf16_flops_per_second: float
     # The fast network inside a slice or node (ICI, NVLink): one link, one way.
@@ -36,7 +41,8 @@ class Chip:
     num_mxus: int | None = None
     mxu_size: int | None = None
     # What shapes its slices have, and in what sizes the torus is closed to a ring: from this many
-    # chips on along a dimension of a plane; where all dimensions are such multiples, in three.
+    # chips on along a dimension of a plane; where all dimensions are such multiples, in three. Of a
+    # GPU, how many of them a node may have.
     topologies: tuple[str, ...] = ()
     ring_size: int = 0
     # How the TPU compiler wants the chip described, and what is best to tell it.
@@ -52,6 +58,16 @@ class Chip:
     def hbm_bytes_per_device(self) -> int:
         """Memory of what JAX calls a device."""
         return self.hbm_bytes // self.devices_per_chip
+
+    @property
+    def usable_bytes_per_device(self) -> int:
+        """Memory of a device that its programs can have."""
+        return self.usable_bytes or self.hbm_bytes_per_device
+
+    @property
+    def has_peaks(self) -> bool:
+        """Whether its speeds are known; nan stands for those that nobody published."""
+        return not math.isnan(self.bf16_flops_per_second)
 
     @property
     def clock_hertz(self) -> float:
@@ -181,13 +197,18 @@ TPUS = (
     ),
 )
 
+# GPUs of a node that a switch joins.
+NODES = ("1", "2", "4", "8")
+
 # Memory, FLOP/s and NVLink: the NVIDIA data sheet of the chip's name, SXM variant. Network: the
 # data sheet of the DGX system that carries eight of them.
 GPUS = (
     Chip(
         name="a100",
         device_kinds=("NVIDIA A100-SXM4-80GB",),
+        platform="gpu",
         chips_per_host=8,
+        topologies=NODES,
         hbm_bytes=80 * GIB,
         hbm_bytes_per_second=2.039e12,
         bf16_flops_per_second=312e12,
@@ -199,7 +220,9 @@ GPUS = (
     Chip(
         name="a100-40gb",
         device_kinds=("NVIDIA A100-SXM4-40GB",),
+        platform="gpu",
         chips_per_host=8,
+        topologies=NODES,
         hbm_bytes=40 * GIB,
         hbm_bytes_per_second=1.555e12,
         bf16_flops_per_second=312e12,
@@ -211,7 +234,9 @@ GPUS = (
     Chip(
         name="h100",
         device_kinds=("NVIDIA H100 80GB HBM3",),
+        platform="gpu",
         chips_per_host=8,
+        topologies=NODES,
         hbm_bytes=80 * GIB,
         hbm_bytes_per_second=3.35e12,
         bf16_flops_per_second=989e12,
@@ -223,7 +248,9 @@ GPUS = (
     Chip(
         name="h200",
         device_kinds=("NVIDIA H200",),
+        platform="gpu",
         chips_per_host=8,
+        topologies=NODES,
         hbm_bytes=141 * GIB,
         hbm_bytes_per_second=4.8e12,
         bf16_flops_per_second=989e12,
@@ -235,7 +262,9 @@ GPUS = (
     Chip(
         name="b200",
         device_kinds=("NVIDIA B200",),
+        platform="gpu",
         chips_per_host=8,
+        topologies=NODES,
         hbm_bytes=180 * GIB,
         hbm_bytes_per_second=8e12,
         bf16_flops_per_second=2250e12,

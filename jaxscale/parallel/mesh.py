@@ -129,8 +129,10 @@ def _hybrid_grid(
 ) -> np.ndarray:
     """Place `outer` across slices, `inner` inside; fake devices are slices in order."""
     if hasattr(devices[0], "slice_index"):
+        # Described GPUs are all in slice 0, and nodes only differ in their processes.
+        by_process = devices[0].platform == "gpu" and len({d.slice_index for d in devices}) == 1
         return mesh_utils.create_hybrid_device_mesh(
-            inner, outer, devices, allow_split_physical_axes=True
+            inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
         )
     slices = np.asarray(devices).reshape(math.prod(outer), *inner)
     slow = next(i for i, size in enumerate(outer) if size > 1)

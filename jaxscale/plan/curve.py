@@ -1,4 +1,4 @@
-"""How a plan scales over the slices of its chip: the same batch on every chip, or in all.
+"""How a plan scales over the slices or nodes of its chip: the same batch on every chip, or in all.
 
 By the closed form alone. One adds chips as long as each of them does most of what it did in the
 smallest slice that holds the model.
@@ -11,7 +11,7 @@ from jaxscale.config import Config, ConfigError, MeshConfig
 from jaxscale.parallel.mesh import AXES, BATCH_AXES
 from jaxscale.plan.rank import Options, Row, closed_row
 from jaxscale.plan.space import Remat, candidates
-from jaxscale.plan.torus import Slice, parse_topology
+from jaxscale.plan.torus import Slice, family
 
 # Below it another chip is not worth its price.
 LEAST_EFFICIENCY = 0.7
@@ -61,16 +61,15 @@ def scaling_curve(winner: Row, options: Options, *, per_chip: bool) -> list[Curv
             continue
         first = points[0].row if points else row
         efficiency = row.tokens_per_second_per_chip / first.tokens_per_second_per_chip
-        points.append(CurvePoint(other.name, other.num_chips, row, efficiency))
+        points.append(CurvePoint(other.words, other.num_chips, row, efficiency))
     return points
 
 
 def _slices(slice_: Slice) -> list[Slice]:
     """Return a slice of the same chip for each power of two, and that of the plan."""
     found = {}
-    for shape in slice_.chip.topologies:
-        other = parse_topology(f"{slice_.chip.name}:{shape}", slice_.num_slices)
-        chips = other.num_chips // slice_.num_slices
+    for other in family(slice_):
+        chips = math.prod(other.shape)
         if chips & (chips - 1) == 0:
             found[other.num_chips] = other
     found[slice_.num_chips] = slice_

@@ -1,5 +1,7 @@
 """The network of a described slice: its devices on their torus, and what collectives cost there.
 
+Of GPUs, a slice is the part of a node that is used: a switch joins them, and all links lead to all.
+
 One idea: a collective over mesh axes is a set of devices with coordinates, so its time follows from
 which torus dimensions the set spans, whether it closes a ring there, and who shares the links. No
 compiler and no libtpu is needed. Every stage of `plan` prices its collectives here.
@@ -22,12 +24,14 @@ from jaxscale.parallel.mesh import AXES
 HOST_SIDE = 2
 # As libtpu numbers the devices of several slices.
 SLICE_IDS = 100_000
-PLANE = 2
+SWITCH, PLANE = 0, 2
+# Nodes of GPUs, up to which a plan is thought on.
+MOST_NODES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Chips that a torus joins, or several such slices, which the slow network joins."""
+    """Chips that a torus or a switch joins, or several such, which the slow network joins."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -35,8 +39,13 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """As the TPU compiler calls it, such as "v6e:16x16"."""
+        """As the TPU compiler calls it, such as "v6e:16x16"; "h100:8" is a node of GPUs."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def words(self) -> str:
+        """The name, and how many there are where that is more than one."""
+        return (f"{self.num_slices} x " if self.num_slices > 1 else "") + self.name
 
     @property
     def num_chips(self) -> int:
@@ -52,6 +61,8 @@ class Slice:
     def wraps(self) -> tuple[bool, ...]:
         """Whether each torus dimension is closed to a ring."""
         least = self.chip.ring_size
+        if self.chip.torus_dims == SWITCH:
+            return (False,) * len(self.shape)
         if self.chip.torus_dims == PLANE:
             return tuple(size >= least for size in self.shape)
         return (all(size % least == 0 for size in self.shape),) * len(self.shape)
@@ -73,11 +84,29 @@ def parse_topology(text: str, num_slices: int = 1) -> Slice:
         )
     chip = CHIPS[name]
     if shape not in chip.topologies:
+        what = "slice of shape" if chip.torus_dims else "node of size"
         raise ConfigError(
-            f"--topology={text}: {name} has no slice of shape {shape!r}; it has "
+            f"--topology={text}: {name} has no {what} {shape!r}; it has "
             f"{', '.join(chip.topologies)}"
         )
-    return Slice(chip=chip, shape=tuple(map(int, shape.split("x"))), num_slices=num_slices)
+    return Slice(chip=chip, shape=dims_of(shape), num_slices=num_slices)
+
+
+def dims_of(shape: str) -> tuple[int, ...]:
+    """Return the dims of a shape such as "4x8"."""
+    return tuple(map(int, shape.split("x")))
+
+
+def family(slice_: Slice) -> list[Slice]:
+    """Return what there is of a slice's chip, fewest chips first: as many slices, or more nodes."""
+    shapes = [dims_of(shape) for shape in slice_.chip.topologies]
+    found = [dataclasses.replace(slice_, shape=shape) for shape in shapes]
+    if slice_.chip.torus_dims == SWITCH and shapes:
+        nodes = [1 << power for power in range(MOST_NODES.bit_length())]
+        whole = max(shapes)
+        found = [dataclasses.replace(slice_, shape=shape, num_slices=1) for shape in shapes[:-1]]
+        found += [dataclasses.replace(slice_, shape=whole, num_slices=n) for n in nodes]
+    return sorted(found, key=lambda other: other.num_chips)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +126,10 @@ def described_devices(slice_: Slice) -> list[DescribedDevice]:
     """Return a slice's devices in the order in which libtpu lists them.
 
     That is slice by slice, host by host, x before y before z, and the cores of a chip side by side.
+    Of GPUs, node by node.
     """
+    if slice_.chip.torus_dims == SWITCH:
+        return _nodes(slice_)
     x, y, z = (*slice_.shape, 1, 1)[:3]
     side = (min(HOST_SIDE, x), min(HOST_SIDE, y))
     hosts = itertools.product(range(z), range(y // side[1]), range(x // side[0]))
@@ -123,6 +155,22 @@ def described_devices(slice_: Slice) -> list[DescribedDevice]:
                 )
             )
     return devices
+
+
+def _nodes(slice_: Slice) -> list[DescribedDevice]:
+    (size,) = slice_.shape
+    return [
+        DescribedDevice(
+            id=node * size + place,
+            coords=(place,),
+            core_on_chip=0,
+            slice_index=node,
+            process_index=node,
+            device_kind=slice_.chip.device_kinds[0],
+            platform=slice_.chip.platform,
+        )
+        for node, place in itertools.product(range(slice_.num_slices), range(size))
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +232,8 @@ class Network:
     that lead along the group's dimensions, as many as both ways round a ring and one way of a line;
     a reduce-scatter is its mirror image, an all-reduce both. In an all-to-all, half of a dimension
     of k places sends half of its payload across the middle: k/4 payloads over that dimension's
-    links. A permutation sends the payload over one link.
+    links. A permutation sends the payload over one link. Through a switch all links of a chip lead
+    to all others, whatever is sent.
 
     Across s slices it is hierarchical: each device exchanges only its own part of the slice's.
     """
@@ -218,6 +267,10 @@ class Network:
         if group.num_chips == 1:
             # The cores of a chip share it: what joins them is several times as fast as a link.
             return 0.0
+        if self.slice.chip.torus_dims == SWITCH:
+            link *= self.slice.chip.ici_links
+            parts = {"collective-permute": 1.0, "all-reduce": 2 * _others(group.num_chips)}
+            return payload * parts.get(kind, _others(group.num_chips)) / link
         if kind == "all-to-all":
             return max(
                 payload * _crossing(span.count) / (group.share * span.links * link)
@@ -226,7 +279,7 @@ class Network:
         if kind == "collective-permute":
             gap = min(span.gap for span in group.spans)
             return payload * gap / (group.share * link)
-        once = payload * (group.num_chips - 1) / group.num_chips / (group.links * link)
+        once = payload * _others(group.num_chips) / (group.links * link)
         return {"all-gather": once, "reduce-scatter": once, "all-reduce": 2 * once}[kind]
 
     def _across(self, kind: str, group: Group, payload: float) -> float:
@@ -268,6 +321,11 @@ class Network:
             if count > 1:
                 gap = max((taken[-1] - taken[0]) // (count - 1), 1)
                 yield _Span(count, gap, is_ring=wraps and count * gap == size)
+
+
+def _others(count: int) -> float:
+    """Return the share of a payload that the others of so many have."""
+    return (count - 1) / count
 
 
 def _crossing(count: int) -> float:

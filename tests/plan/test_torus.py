@@ -9,7 +9,14 @@ from jax.experimental import topologies
 
 from jaxscale.config import ConfigError, MeshConfig
 from jaxscale.parallel.mesh import AXES, device_grid
-from jaxscale.plan.torus import Network, Seconds, Slice, described_devices, parse_topology
+from jaxscale.plan.torus import (
+    Network,
+    Seconds,
+    Slice,
+    described_devices,
+    family,
+    parse_topology,
+)
 
 V5E_LINK, V6E_LINK, V5P_LINK = 45e9, 90e9, 90e9
 FSDP = AXES[2:3]
@@ -38,7 +45,8 @@ def test_a_slice_knows_its_size_and_its_rings() -> None:
     ("topology", "words"),
     [
         ("v6f:4x4", ["no chip 'v6f'", "did you mean v6e?", "v4, v5e, v5p, v6e, tpu7x"]),
-        ("h100:8", ["no chip 'h100'", "There are v4"]),
+        ("rtx4090:1", ["no chip 'rtx4090'", "There are v4", "a100-40gb, h100, h200, b200"]),
+        ("h100:3", ["h100 has no node of size '3'; it has 1, 2, 4, 8"]),
         ("v6e:4x5", ["v6e has no slice of shape '4x5'", "4x4, 4x8, 8x8"]),
         ("v5p", ["v5p has no slice of shape ''", "2x2x1"]),
         ("v5e:8x4", ["no slice of shape '8x4'"]),
@@ -51,6 +59,44 @@ def test_what_does_not_exist_is_told_what_does(topology: str, words: list[str]) 
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_family_is_what_a_chip_comes_in() -> None:
+    two = parse_topology("v5e:2x4", num_slices=2)
+    assert [other.words for other in family(two)][:3] == [
+        "2 x v5e:1x1",
+        "2 x v5e:2x2",
+        "2 x v5e:2x4",
+    ]
+    # GPUs of a node, and then nodes.
+    nodes = [other.words for other in family(parse_topology("h100:2"))]
+    assert nodes[:5] == ["h100:1", "h100:2", "h100:4", "h100:8", "2 x h100:8"]
+    assert nodes[-1] == "16 x h100:8"
+
+
+def test_a_switch_gives_every_chip_all_of_its_links() -> None:
+    """18 links of 25 GB/s: the seven others' eighths of the payload, or of four GPUs of it."""
+    node = network("h100:8", fsdp=8)
+    once = PAYLOAD * 7 / 8 / 450e9
+    assert node.seconds("all-gather", FSDP, PAYLOAD).ici == pytest.approx(once)
+    assert node.seconds("reduce-scatter", FSDP, PAYLOAD).ici == pytest.approx(once)
+    assert node.seconds("all-to-all", FSDP, PAYLOAD).ici == pytest.approx(once)
+    assert node.seconds("all-reduce", FSDP, PAYLOAD).ici == pytest.approx(2 * once)
+    assert node.seconds("collective-permute", FSDP, PAYLOAD).ici == pytest.approx(PAYLOAD / 450e9)
+    # Apart or side by side is the same.
+    strided = network("h100:8", fsdp=4, tensor=2)
+    assert strided.seconds("all-gather", FSDP, PAYLOAD) == Seconds(PAYLOAD * 3 / 4 / 450e9)
+    assert not strided.spans_several_dims((*FSDP, *TENSOR))
+
+
+def test_nodes_are_joined_by_the_slow_network() -> None:
+    """400 GB/s of a node are 50 of each GPU; between two, half of the payload goes and comes."""
+    two = network("h100:8", num_slices=2, data=2, fsdp=8)
+    assert two.seconds("all-reduce", DATA, PAYLOAD) == Seconds(dcn=pytest.approx(PAYLOAD / 50e9))
+    # Of all devices, each exchanges its own eighth.
+    both = two.seconds("all-reduce", (*DATA, *FSDP), PAYLOAD)
+    assert both.dcn == pytest.approx(PAYLOAD / 8 / 50e9)
+    assert both.ici == pytest.approx(2 * PAYLOAD * 7 / 8 / 450e9)
 
 
 TOPOLOGIES = [
