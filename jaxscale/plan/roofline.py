@@ -111,11 +111,22 @@ def _layer_runs(part: DevicePart) -> int:
     return part.layers * part.parts
 
 
-def _compute_seconds(part: DevicePart, chip: Chip, shares: Shares) -> float:
-    model, t = part.model, part.tokens
-    peak = chip.bf16_flops_per_second_per_device * shares.matmul
+def recomputed_flops(candidate: Candidate) -> float:
+    """Return the FLOPs of a device's step that it has done before: of layers, and the loss."""
+    part = device_part(candidate)
+    attended = part.remat_layers * FORWARD_MATMULS if _is_attended_again(part) else 0
+    attention = 2.0 * _num_scores(part) * part.model.head_dim * attended
+    layers = 2.0 * part.tokens * _recomputed_products(part) * part.remat_layers
+    whole_batch = 1 if part.stages > 1 else part.parts
+    head = 2.0 * part.loss_tokens * part.table if part.is_chunked else 0.0
+    return (layers + attention) * part.parts + head * whole_batch
+
+
+def _products(part: DevicePart) -> dict[str, int]:
+    """Return the products per token of each matmul of a layer."""
+    model = part.model
     D, H = model.width, model.head_dim
-    sizes = {
+    return {
         "query": D * part.heads * H,
         "key": D * part.kv_heads * H,
         "value": D * part.kv_heads * H,
@@ -124,8 +135,16 @@ def _compute_seconds(part: DevicePart, chip: Chip, shares: Shares) -> float:
         "up": D * part.hidden,
         "down": D * part.hidden,
     }
-    again = sum(size for name, size in sizes.items() if not _is_kept(part, name))
-    flops = 2.0 * t * (3 * sum(sizes.values()) * part.layers + again * part.remat_layers)
+
+
+def _recomputed_products(part: DevicePart) -> int:
+    return sum(size for name, size in _products(part).items() if not _is_kept(part, name))
+
+
+def _compute_seconds(part: DevicePart, chip: Chip, shares: Shares) -> float:
+    peak = chip.bf16_flops_per_second_per_device * shares.matmul
+    again = _recomputed_products(part) * part.remat_layers
+    flops = 2.0 * part.tokens * (3 * sum(_products(part).values()) * part.layers + again)
     # What a chunk of the loss computes is computed again backward.
     head = 2.0 * part.loss_tokens * part.table * (4 if part.is_chunked else 3)
     whole_batch = 1 if part.stages > 1 else part.parts
@@ -144,17 +163,8 @@ def _is_attended_again(part: DevicePart) -> bool:
 
 
 def _kernel_seconds(part: DevicePart, chip: Chip, shares: Shares) -> float:
-    """Return the attention of all layers of one microbatch: matmuls or vector units, the slower.
-
-    A kernel passes over the masked half of the scores; dense attention computes all of them.
-    """
-    model, L = part.model, part.length
-    window = min(model.attention_window or L, L)
-    seen = L if model.attention == "dense" else window - window**2 / (2 * L)
-    if part.length_shards > 1 and model.sequence_attention == "all_gather":
-        # The others wait for the device with the last tokens, which see the most keys.
-        seen = min(seen * (2 - 1 / part.length_shards), L)
-    scores = part.tokens * seen * part.heads
+    """Return the attention of all layers of one microbatch: matmuls or vector units, the slower."""
+    model, scores = part.model, _num_scores(part)
     again = part.remat_layers if _is_attended_again(part) else 0
     matmuls = part.layers * (FORWARD_MATMULS + BACKWARD_MATMULS) + again * FORWARD_MATMULS
     passes = part.layers * (FORWARD_PASSES + BACKWARD_PASSES) + again * FORWARD_PASSES
@@ -166,6 +176,20 @@ def _kernel_seconds(part: DevicePart, chip: Chip, shares: Shares) -> float:
         flops / (chip.bf16_flops_per_second_per_device * shares.matmul * filled),
         vector / (chip.vector_ops_per_second * shares.vector) if chip.num_mxus else 0.0,
     )
+
+
+def _num_scores(part: DevicePart) -> float:
+    """Return the scores of one layer and microbatch.
+
+    A kernel passes over the masked half of them; dense attention computes all.
+    """
+    model, L = part.model, part.length
+    window = min(model.attention_window or L, L)
+    seen = L if model.attention == "dense" else window - window**2 / (2 * L)
+    if part.length_shards > 1 and model.sequence_attention == "all_gather":
+        # The others wait for the device with the last tokens, which see the most keys.
+        seen = min(seen * (2 - 1 / part.length_shards), L)
+    return part.tokens * seen * part.heads
 
 
 def _hbm_bytes(part: DevicePart) -> float:

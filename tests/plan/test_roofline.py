@@ -11,7 +11,7 @@ from jaxscale.model.cost import forward_flops_per_token, train_flops_per_token
 from jaxscale.parallel.mesh import AXES, device_grid
 from jaxscale.parallel.pipeline import bubble_share
 from jaxscale.plan.memory import closed_bytes
-from jaxscale.plan.roofline import Roofline, closed_seconds
+from jaxscale.plan.roofline import Roofline, closed_seconds, recomputed_flops
 from jaxscale.plan.shares import Shares
 from jaxscale.plan.space import candidate, candidates
 from jaxscale.plan.torus import Network, described_devices, parse_topology
@@ -49,6 +49,33 @@ def test_compute_is_the_models_flops_where_nothing_is_computed_twice() -> None:
     flops = flops_of(train_flops_per_token, found) * 256 / 256
     # At 128 tokens the kernel is all but nothing.
     assert seconds(**knobs).compute == pytest.approx(flops / 918e12, rel=0.02)
+
+
+def test_flops_that_are_done_twice_are_counted_by_hand() -> None:
+    """2048 tokens of 8 layers; a layer of 128 x 128 four times and 128 x 384 three times."""
+    knobs = {"model.attention": "dense", "train__global_batch_size": 8}
+
+    def again(topology: str = "v5e:1x1", **more: Any) -> float:
+        found = config("tiny", **knobs, **more)
+        return recomputed_flops(candidate(found, parse_topology(topology)))
+
+    assert again(model__remat="none") == again(model__remat="dots") - again_of_scores() == 0
+    matmuls = 2 * 2048 * 8 * (4 * 128 * 128 + 2 * 128 * 384)
+    assert again(model__remat="full") == matmuls + again_of_scores()
+    names = "query,key,value,context"
+    kept = again(model__remat="names", model__remat_names=names)
+    assert kept == 2 * 2048 * 8 * (128 * 128 + 2 * 128 * 384)
+    # Each microbatch has its share of the tokens, and each device.
+    assert again(model__remat="full", train__accumulation_steps=2) == matmuls + again_of_scores()
+    assert again("v5e:2x4", model__remat="full") == (matmuls + again_of_scores()) / 8
+    # A loss in chunks computes its logits, of 384 words, again.
+    chunked = again(model__remat="none", train__loss_chunk_tokens=512)
+    assert chunked == 2 * 2048 * 128 * 384
+
+
+def again_of_scores() -> int:
+    """Two matmuls over 256 keys of 8 heads with 16 features, in 8 layers."""
+    return 2 * 2 * 2048 * 256 * 8 * 16 * 8
 
 
 def test_full_remat_computes_the_blocks_again() -> None:
