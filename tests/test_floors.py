@@ -45,10 +45,10 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "F5 around": (
         "export",
-        "plan.torus plan.shares plan.words plan.rows plan.published plan.score plan.space "
-        "plan.part plan.memory plan.roofline plan.schedule plan.kernels plan.timeline "
-        "plan.describe plan.child plan.compile plan.predict plan.rank plan.boundary plan.curve "
-        "plan.run plan.table plan.backtest",
+        "plan.torus plan.at_hand plan.nvidia plan.shares plan.words plan.rows plan.published "
+        "plan.score plan.space plan.part plan.memory plan.roofline plan.schedule plan.kernels "
+        "plan.timeline plan.describe plan.child plan.compile plan.predict plan.rank plan.boundary "
+        "plan.curve plan.run plan.table plan.backtest",
         "verify.compare verify.cases verify.run",
     ),
     "F6 products": (
