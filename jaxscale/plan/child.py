@@ -1,7 +1,7 @@
-"""The process of one compile: a training step for a slice of TPUs that is only described.
+"""The process of one compile: a training step for devices that are only described, or fake.
 
-`python -m jaxscale.plan.child` takes the request as a line of JSON on stdin. A process each: the
-TPU compiler may die, and is to work on several programs side by side.
+`python -m jaxscale.plan.child` takes the request as a line of JSON on stdin. A process each: a
+compiler may die, and is to work on several programs side by side.
 """
 
 import glob
@@ -43,13 +43,11 @@ def main() -> int:
 
 
 def _compile(config: Config, request: dict[str, Any]) -> dict[str, Any]:
-    from jaxscale.plan.describe import describe
-    from jaxscale.plan.torus import parse_topology
+    from jaxscale.plan.describe import devices_of
     from jaxscale.train.state import assemble
     from jaxscale.train.step import compile_step
 
-    slice_ = parse_topology(request["topology"], request["num_slices"])
-    assembly = assemble(config, describe(slice_))
+    assembly = assemble(config, devices_of(request["topology"], request["num_slices"]))
     compiled = compile_step(assembly, dict(request["options"]))
     memory = compiled.memory_analysis()
     with gzip.open(request["text"], "wt") as file:

@@ -1,4 +1,4 @@
-"""Training steps through the real TPU compiler, side by side, and never one of them twice.
+"""Training steps through the real compiler of a chip, side by side, and never one of them twice.
 
 What a compile gives is kept by content: the knobs that shape the step, the code that traces it, the
 slice, the compiler's options, and the versions of all that takes part.
@@ -22,7 +22,7 @@ from jaxscale import config_source, records, runtime
 from jaxscale.child import run_child
 from jaxscale.config import Config
 from jaxscale.data.workers import Stop, never
-from jaxscale.plan.describe import ENVIRONMENT, libtpu_version
+from jaxscale.plan.describe import ENVIRONMENT, compiler, description
 from jaxscale.plan.torus import Slice
 from jaxscale.plan.words import refused_option
 
@@ -86,9 +86,9 @@ class Job:
         known = config_source.to_mapping(self.config)
         knobs = {name: known[name] for name in SECTIONS}
         knobs |= {name: {k: known[name][k] for k in names} for name, names in TRACED.items()}
-        described = [self.slice.name, self.slice.num_slices, self.slice.chip.description]
+        described = [self.slice.name, self.slice.num_slices, description(self.slice.chip)]
         content = [knobs, described, sorted(self.options)]
-        text = json.dumps([content, _code(), _versions()], sort_keys=True)
+        text = json.dumps([content, _code(), _versions(self.slice.chip.platform)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -101,13 +101,13 @@ def _code() -> str:
 
 
 @functools.cache
-def _versions() -> str:
-    return json.dumps([runtime.versions(PACKAGES), libtpu_version()])
+def _versions(platform: str) -> str:
+    return json.dumps([runtime.versions(PACKAGES), compiler(platform)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the TPU compiler made of a step; bytes are per device.
+    """What the compiler made of a step; bytes are per device.
 
     Attributes:
       text: of the scheduled program; None where it has no room in the device's memory, or failed.
@@ -134,7 +134,7 @@ class Compiled:
 
     @property
     def has_room(self) -> bool:
-        """Whether the compiler found room for it in the device's memory."""
+        """Whether the compiler found room for it; only those of TPUs look."""
         return self.text is not None
 
 

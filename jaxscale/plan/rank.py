@@ -16,17 +16,20 @@ from jaxscale.console import format_bytes
 from jaxscale.data.workers import Stop, never
 from jaxscale.model.cost import train_flops_per_token
 from jaxscale.plan.compile import Compiled, Job, compile_all, quick
+from jaxscale.plan.describe import COMPILERS, compilable, compiler_options
 from jaxscale.plan.memory import closed_bytes
 from jaxscale.plan.predict import network, predict_step
-from jaxscale.plan.roofline import closed_seconds
+from jaxscale.plan.roofline import closed_seconds, recomputed_flops
 from jaxscale.plan.space import Candidate, Remat, candidate, candidates
 from jaxscale.plan.timeline import Timeline
-from jaxscale.plan.torus import Slice
+from jaxscale.plan.torus import Slice, family
 
 # Of a device's memory, what a program may take by the closed form to be compiled at all: it may be
 # so much too high.
 ROOM = 1.2
 CLOSED_FORM, COMPILED, AS_TRAINED = "closed form", "compiled", "as trained"
+# By a compiler that tells no time; that is the closed form's, as far as there is one.
+BYTES_COMPILED = "bytes compiled"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +57,11 @@ class Row:
 
     Attributes:
       candidate: the config.
-      known_by: how it is known: by the closed form, compiled, or compiled as training does.
+      known_by: how it is known: by the closed form, with bytes compiled, compiled, or compiled as
+        training does.
       needed_bytes: of device memory, the most that is alive at a time.
       available_bytes: that a device has.
-      seconds: predicted, of a step; nan where it does not fit.
+      seconds: predicted, of a step; nan where it does not fit, or nobody knows the chip's speed.
       tokens_per_second_per_chip: predicted.
       mfu: predicted: model FLOPs per second over peak.
       bound: what most of the step is spent on.
@@ -81,9 +85,14 @@ class Row:
     @property
     def fits(self) -> bool:
         """Whether it has room on a device: the compiler decides, or else the closed form."""
-        if self.known_by == CLOSED_FORM:
-            return self.needed_bytes <= self.available_bytes
+        if self.known_by in (CLOSED_FORM, BYTES_COMPILED):
+            return not self.error and self.needed_bytes <= self.available_bytes
         return self.timeline is not None
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether its seconds are known."""
+        return self.fits and not math.isnan(self.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +160,10 @@ def _various(rows: Sequence[Row], count: int) -> list[Row]:
 
 def closed_row(candidate: Candidate, slice_: Slice) -> Row:
     """Return what the closed form says of a candidate."""
-    roofline = closed_seconds(candidate, slice_.chip, network(candidate.config.mesh, slice_))
     needed = int(closed_bytes(candidate).live)
+    if not slice_.chip.has_peaks:
+        return _row(candidate, slice_, CLOSED_FORM, needed, math.nan, bound="-")
+    roofline = closed_seconds(candidate, slice_.chip, network(candidate.config.mesh, slice_))
     return _row(candidate, slice_, CLOSED_FORM, needed, roofline.total, bound=roofline.bound)
 
 
@@ -167,7 +178,7 @@ def _row(
         candidate=candidate,
         known_by=known_by,
         needed_bytes=needed,
-        available_bytes=slice_.chip.hbm_bytes_per_device,
+        available_bytes=slice_.chip.usable_bytes_per_device,
         seconds=seconds,
         tokens_per_second_per_chip=rate,
         mfu=rate * flops / slice_.chip.bf16_flops_per_second,
@@ -207,11 +218,18 @@ def compile_rows(
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
-    """Return rows that fit, the fastest first, and then the others."""
+    """Return rows that fit, the best first, and then the others."""
     return [
-        *sorted((r for r in rows if r.fits), key=lambda r: -r.tokens_per_second_per_chip),
+        *sorted((row for row in rows if row.fits), key=_cost),
         *(row for row in rows if not row.fits),
     ]
+
+
+def _cost(row: Row) -> tuple[float, int]:
+    """Return what is to be small: seconds of a token, or what takes time and then bytes."""
+    if row.is_timed:
+        return -row.tokens_per_second_per_chip, 0
+    return recomputed_flops(row.candidate), row.needed_bytes
 
 
 def words(row: Row, *, is_known: bool) -> str:
@@ -220,17 +238,20 @@ def words(row: Row, *, is_known: bool) -> str:
     if row.error:
         return f"{name}: {row.error}"
     needed = format_bytes(row.needed_bytes)
-    time = f"{row.seconds:.4g} s" if row.fits else "no room"
+    time = f", {row.seconds:.4g} s" if row.is_timed else "" if row.fits else ", no room"
     how = "known" if is_known else f"compiled in {row.compile_seconds:.0f} s"
-    return f"{name}: {needed}, {time} ({how})"
+    return f"{name}: {needed}{time} ({how})"
 
 
 def _job(candidate: Candidate, slice_: Slice, as_trained: bool) -> Job:
-    options = slice_.chip.compiler_options
-    return Job(candidate.config, slice_, options if as_trained else quick(options))
+    options = compiler_options(slice_.chip)
+    config = compilable(candidate.config, slice_.chip)
+    return Job(config, slice_, options if as_trained else quick(options))
 
 
 def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, known_by: str) -> Row:
+    if not COMPILERS[job.slice.chip.platform].knows_time:
+        return _bytes_row(candidate, job.slice, compiled)
     if compiled.has_room:
         wanted = job.slice.chip.compiler_options
         timeline = predict_step(job, compiled, has_small_tiles=job.lacks_slow_options(wanted))
@@ -250,6 +271,18 @@ def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, known_by: 
     )
 
 
+def _bytes_row(candidate: Candidate, slice_: Slice, compiled: Compiled) -> Row:
+    """Return the closed form's row with the compiler's bytes, which are those it will allocate."""
+    row = dataclasses.replace(
+        closed_row(candidate, slice_),
+        known_by=BYTES_COMPILED,
+        needed_bytes=compiled.needed_bytes,
+        compile_seconds=compiled.compile_seconds,
+        error=compiled.error,
+    )
+    return row if row.fits else dataclasses.replace(row, bound="memory")
+
+
 def _no_candidate(config: Config, options: Options) -> str:
     batch = config.train.global_batch_size
     return (
@@ -260,23 +293,26 @@ def _no_candidate(config: Config, options: Options) -> str:
 
 
 def _no_room(config: Config, options: Options, least: int) -> str:
-    slice_, available = options.slice, options.slice.chip.hbm_bytes_per_device
+    slice_, available = options.slice, options.slice.chip.usable_bytes_per_device
     needed = f"{least / 2**30:.1f} GiB of a device's {available / 2**30:.1f}"
+    if not slice_.chip.topologies:
+        remedy = "lower --batch or --length, or name a --topology"
+        return f"{slice_.name} is too small: the leanest candidate needs {needed}; {remedy}"
     larger = smallest_slice(config, options)
     remedy = f"the smallest that would be is {larger.name}" if larger else "none of that chip is"
+    if larger and larger.num_slices != slice_.num_slices:
+        remedy += f" with --num-slices={larger.num_slices}"
     return f"--topology={slice_.name} is too small: the leanest candidate needs {needed}; {remedy}"
 
 
 def smallest_slice(config: Config, options: Options) -> Slice | None:
     """Return the smallest slice of the same chip on which something fits; None if nothing does."""
     chip = options.slice.chip
-    shapes = [tuple(map(int, name.split("x"))) for name in chip.topologies]
-    for shape in sorted(shapes, key=math.prod):
-        if math.prod(shape) <= math.prod(options.slice.shape):
+    for slice_ in family(options.slice):
+        if slice_.num_chips <= options.slice.num_chips:
             continue
-        slice_ = dataclasses.replace(options.slice, shape=shape)
         other = dataclasses.replace(options, slice=slice_, meshes=())
         bytes_ = (closed_bytes(candidate).live for candidate in _choices(config, other))
-        if any(needed <= chip.hbm_bytes_per_device for needed in bytes_):
+        if any(needed <= chip.usable_bytes_per_device for needed in bytes_):
             return slice_
     return None

@@ -6,17 +6,22 @@ compiles them; or the boundary of memory, when a batch or length is to be found.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
 
 from jaxscale.config import Config, ConfigError, MeshConfig
 from jaxscale.config_source import to_mapping
 from jaxscale.data.workers import Stop, never
 from jaxscale.parallel.mesh import AXES, parse_mesh
+from jaxscale.plan import nvidia
+from jaxscale.plan.at_hand import slice_of
 from jaxscale.plan.boundary import Boundary, Search, closed_boundaries, compiled_boundaries
 from jaxscale.plan.compile import SLOW_OPTIONS
 from jaxscale.plan.curve import CurvePoint, scaling_curve
-from jaxscale.plan.describe import libtpu_version
+from jaxscale.plan.describe import compilable, compiler
 from jaxscale.plan.rank import Options, Progress, Row, Shortlist, compile_rows, ranked
 from jaxscale.plan.rank import shortlist as closed_shortlist
 from jaxscale.plan.space import REMATS, Remat
@@ -33,7 +38,7 @@ PER_CHIP, IN_ALL = "the same batch on every chip", "the same batch in all"
 class Request:
     """The arguments of the verb, each as the user wrote it; `--help` says what they mean."""
 
-    topology: str
+    topology: str = ""
     num_slices: int = 1
     batch: str = ""
     length: str = ""
@@ -50,7 +55,7 @@ def make_options(request: Request) -> Options:
     Raises:
       ConfigError: an unknown chip, shape, remat or mesh, or a number that is none.
     """
-    slice_ = parse_topology(request.topology, request.num_slices)
+    slice_ = _slice(request)
     if request.batch == AUTO and request.length == AUTO:
         raise ConfigError("--batch=auto and --length=auto: one of them must be a number")
     return Options(
@@ -60,6 +65,20 @@ def make_options(request: Request) -> Options:
         top=request.top,
         num_processes=request.processes,
     )
+
+
+def _slice(request: Request) -> Slice:
+    """Return the slice by its name, or the devices at hand; GPUs with the memory that JAX takes."""
+    if request.topology:
+        slice_ = parse_topology(request.topology, request.num_slices)
+    elif request.num_slices > 1:
+        raise ConfigError(f"--num-slices={request.num_slices} needs --topology")
+    else:
+        slice_ = slice_of(jax.devices())
+    if slice_.chip.platform == nvidia.PLATFORM:
+        chip = nvidia.with_memory(slice_.chip, os.environ)
+        slice_ = dataclasses.replace(slice_, chip=chip)
+    return slice_
 
 
 def _mesh(text: str, slice_: Slice) -> MeshConfig:
@@ -105,7 +124,8 @@ class Plan:
           ConfigError: a user's mistake.
         """
         self.options = make_options(request)
-        self.is_compiled = libtpu_version() is not None and not request.closed_form
+        platform = self.options.slice.chip.platform
+        self.is_compiled = compiler(platform) is not None and not request.closed_form
         self.of_length = request.length == AUTO
         self.is_search = AUTO in (request.batch, request.length)
         data, train = config.data, config.train
@@ -150,7 +170,7 @@ class Plan:
                 f"{option}=auto: nothing fits on {self.options.slice.name}; take a larger "
                 "--topology"
             )
-        self.rows = sorted(rows, key=lambda row: -row.tokens_per_second_per_chip)
+        self.rows = ranked(rows)
         return self.boundaries
 
     def compile(self, progress: Progress, *, stop: Stop = never) -> list[Row]:
@@ -171,10 +191,16 @@ class Plan:
             self.rows = ranked([done.get(row.candidate, row) for row in self.rows])
         return self.rows
 
+    def notes(self) -> list[str]:
+        """Return what is compiled otherwise than it is trained."""
+        chip = self.options.slice.chip
+        is_other = self.is_compiled and compilable(self.config, chip) is not self.config
+        return [nvidia.NOTE] if is_other else []
+
     def curves(self) -> dict[str, list[CurvePoint]]:
         """Return how the winner scales, by the closed form, and by which batch is kept."""
         best = self.rows[0]
-        if not best.fits:
+        if not best.is_timed:
             return {}
         return {
             PER_CHIP: scaling_curve(best, self.options, per_chip=True),

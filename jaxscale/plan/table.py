@@ -9,9 +9,10 @@ from rich.table import Table
 from jaxscale.config import Config
 from jaxscale.config_source import flatten
 from jaxscale.console import format_bytes
+from jaxscale.hardware import Chip
 from jaxscale.plan.boundary import Boundary
 from jaxscale.plan.curve import LEAST_EFFICIENCY, CurvePoint
-from jaxscale.plan.describe import INSTALL, libtpu_version
+from jaxscale.plan.describe import COMPILERS, compiler
 from jaxscale.plan.rank import CLOSED_FORM, Row, Shortlist
 from jaxscale.plan.timeline import Timeline
 from jaxscale.plan.torus import Slice
@@ -29,16 +30,27 @@ LEAST_SHARE = 0.005
 
 def header(config: Config, slice_: Slice, short: Shortlist, *, is_compiled: bool) -> list[str]:
     """Say what was looked at, and whether the compiler is going to be asked."""
-    chip, version = slice_.chip, libtpu_version()
-    slices = f"{slice_.num_slices} x " if slice_.num_slices > 1 else ""
-    alone = "closed form alone" + ("" if version else f"; {INSTALL} compiles")
-    how = f"compiled by libtpu {version}" if is_compiled else alone
+    chip = slice_.chip
+    how = _how(chip, is_compiled=is_compiled)
     return [
-        f"{slices}{slice_.name}: {slice_.num_chips} chips, "
-        f"{format_bytes(chip.hbm_bytes_per_device)} per device; {how}; not run on a TPU",
+        f"{slice_.words}: {slice_.num_chips} {'chips' if chip.has_peaks else 'devices'}, "
+        f"{format_bytes(chip.usable_bytes_per_device)} per device; {how}",
         f"{short.num_candidates:,} candidates for batch {config.train.global_batch_size} x "
         f"{config.data.length} tokens, {short.num_fitting:,} fit by the closed form",
     ]
+
+
+def _how(chip: Chip, *, is_compiled: bool) -> str:
+    """Say where bytes and seconds come from."""
+    known, found = COMPILERS[chip.platform], compiler(chip.platform)
+    if not is_compiled:
+        how = "closed form alone" + ("" if found else f"; {known.install} compiles")
+    else:
+        how = f"compiled by {found}" if known.knows_time else f"bytes compiled by {found}"
+    if not chip.has_peaks:
+        return f"{how}; no data sheet, so no seconds: a CPU's bytes only show the shape of it"
+    seconds = ", seconds by the closed form" if is_compiled and not known.knows_time else ""
+    return f"{how}{seconds}; not run on a {chip.platform.upper()}"
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -56,10 +68,9 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def _cells(row: Row) -> Iterator[str]:
     config = row.candidate.config
-    known = row.fits and row.seconds == row.seconds
-    yield f"{row.seconds:.4g} s" if known else "-"
-    yield f"{row.tokens_per_second_per_chip:,.0f}" if known else "-"
-    yield f"{row.mfu:.1%}" if known else "-"
+    yield f"{row.seconds:.4g} s" if row.is_timed else "-"
+    yield f"{row.tokens_per_second_per_chip:,.0f}" if row.is_timed else "-"
+    yield f"{row.mfu:.1%}" if row.is_timed else "-"
     share = row.needed_bytes / row.available_bytes
     yield f"{format_bytes(row.needed_bytes)} {share:.0%}"
     yield "?" if row.error else "yes" if row.fits else "NO"
@@ -131,7 +142,7 @@ def curve_lines(kept: str, points: Sequence[CurvePoint]) -> Iterator[str]:
     for point in points:
         row = point.row
         yield (
-            f"  {point.topology:>12}  {point.num_chips:>5} chips  {row.seconds:8.4g} s  "
+            f"  {point.topology:>14}  {point.num_chips:>5} chips  {row.seconds:8.4g} s  "
             f"{row.tokens_per_second_per_chip * point.num_chips:>13,.0f} tokens/s  "
             f"{point.efficiency:4.0%}  {row.candidate.mesh_words}"
         )
