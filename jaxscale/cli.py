@@ -174,7 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
         verb("verify", study.verify, "prove that every mesh computes the same numbers")
     )
     _add_plan_options(
-        verb("plan", study.plan, "rank meshes, remat and batches for a slice of TPUs, unseen")
+        verb("plan", study.plan, "rank meshes, remat and batches for TPUs or GPUs, unseen or here")
     )
     _add_sweep_options(
         verb("sweep", study.sweep, "measure a curve, each point in a process of its own")
@@ -229,8 +229,13 @@ def _add_verify_options(verify: argparse.ArgumentParser) -> None:
 
 def _add_plan_options(plan: argparse.ArgumentParser) -> None:
     option = plan.add_argument
-    option("--topology", required=True, metavar="CHIP:SHAPE", help="such as v6e:16x16")
-    option("--num-slices", type=_at_least(1), default=1, help="joined by the slow network")
+    option(
+        "--topology",
+        default="",
+        metavar="CHIP:SHAPE",
+        help="such as v6e:16x16, or h100:8 for a node of GPUs; default: the devices at hand",
+    )
+    option("--num-slices", type=_at_least(1), default=1, help="or nodes, on the slow network")
     option("--batch", default="", metavar="auto|N", help="sequences per step; auto = what fits")
     option("--length", default="", metavar="auto|N", help="tokens; auto = the most that fit")
     option(

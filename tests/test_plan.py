@@ -7,11 +7,13 @@ import pathlib
 import shlex
 from typing import Any
 
+import jax
 import pytest
 
 from jaxscale.cli import main
 from jaxscale.config import Stopped
-from jaxscale.config_source import load, to_mapping
+from jaxscale.config_source import from_saved, load, to_mapping
+from jaxscale.parallel.program import program_bytes
 from jaxscale.plan import compile as compiling
 from jaxscale.plan.boundary import Search
 from jaxscale.plan.child import _failure
@@ -22,6 +24,8 @@ from jaxscale.plan.space import REMATS
 from jaxscale.plan.timeline import predict
 from jaxscale.plan.torus import parse_topology
 from jaxscale.resolve import resolve
+from jaxscale.train.state import assemble
+from jaxscale.train.step import compile_step
 
 CONFIG = "--config=configs/lm.py:small,length=512,batch=16"
 FLASH = "--config.model.attention=flash"
@@ -29,6 +33,18 @@ CLOSED = ("--topology=v5e:2x2", "--closed-form")
 
 MISTAKES = {
     "chip": (["--topology=v7:2x2"], "no chip 'v7'; did you mean v4? There are v4, v5e"),
+    "chip of no vendor": (["--topology=rtx:8"], "tpu7x, a100, a100-40gb, h100, h200, b200, as in"),
+    "node": (["--topology=h100:6"], "h100 has no node of size '6'; it has 1, 2, 4, 8"),
+    "twice": (["--topology=h100:8", "--devices=cpu:8"], "--devices=cpu:8: give one of them"),
+    "slices of what": (["--devices=cpu:8", "--num-slices=2"], "--num-slices=2 needs --topology"),
+    "too large for a node": (
+        ["--topology=h100:8", "--closed-form", "--length=1048576", "--batch=8"],
+        "the leanest candidate needs",
+    ),
+    "too large for the host": (
+        ["--devices=cpu:8", "--closed-form", "--length=4194304", "--batch=8"],
+        "lower --batch or --length, or name a --topology",
+    ),
     "shape": (["--topology=v6e:3x4"], "has no slice of shape '3x4'; it has 1x1, 2x2"),
     "mesh too small": ([*CLOSED, "--meshes=fsdp=2"], "has 2 devices, and v5e:2x2 4"),
     "mesh too large": ([*CLOSED, "--meshes=fsdp=8"], "more devices than the 4 there are"),
@@ -53,6 +69,15 @@ def test_a_mistake_is_told_in_a_line_before_any_compile(
     assert main(["plan", CONFIG, *arguments]) == 2
     error = capsys.readouterr().err
     assert complaint in error and error.count("\n") == 1
+
+
+def test_more_nodes_are_named_where_one_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--config=configs/lm.py:70b,batch=64,length=2048", "--closed-form"]
+    assert main([*arguments, "--topology=h100:8"]) == 2
+    error = capsys.readouterr().err
+    remedy = error.split("the smallest that would be is ")[1].strip().replace(" with ", " ")
+    assert "--num-slices=" in remedy
+    assert main([*arguments, *f"--topology={remedy}".split()]) == 0
 
 
 def test_what_is_too_large_is_told_with_the_smallest_slice_that_would_do(
@@ -151,7 +176,7 @@ def test_a_compile_that_fails_is_no_boundary(
 ) -> None:
     monkeypatch.setenv("JAXSCALE_CACHE", str(tmp_path))
     monkeypatch.setattr(compiling, "COMMAND", ("false",))
-    monkeypatch.setattr("jaxscale.plan.run.libtpu_version", lambda: "0")
+    monkeypatch.setattr("jaxscale.plan.run.compiler", lambda platform: "libtpu 0")
     arguments = ["plan", CONFIG, FLASH, "--topology=v5e:2x2", "--meshes=fsdp=4", "--remat=full"]
     assert main([*arguments, "--batch=auto"]) == 2
     assert "could not be compiled: exit code 1" in capsys.readouterr().err
@@ -287,3 +312,26 @@ def test_a_shortlist_has_no_more_than_a_few_of_each_mesh() -> None:
     rows = shortlist(config, options).rows
     meshes = [row.candidate.mesh for row in rows]
     assert len(rows) == 6 and max(meshes.count(mesh) for mesh in meshes) <= 2
+
+
+def test_cpu_devices_at_hand_are_judged_by_bytes(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXSCALE_CACHE", str(tmp_path))
+    file = tmp_path / "plan.json"
+    arguments = ["plan", "--config=configs/lm.py:tiny", "--devices=cpu:8", f"--json={file}"]
+    chosen = ["--meshes=fsdp=8", "--remat=none", "--remat=full", "--top=2"]
+    assert main([*arguments, *chosen, "--price=1", "--explain"]) == 0
+    shown = capsys.readouterr()
+    assert "cpu:8: 8 devices" in shown.out and "no seconds" in shown.out
+    assert "--price shows nothing" in shown.err and "--explain shows nothing" in shown.err
+    assert "scaling" not in shown.out and "jaxscale train" in shown.out
+    first, second = rows_of(file, "candidate")
+    # What computes nothing twice is first, whatever it needs.
+    assert (first["remat"], second["remat"]) == ("none", "full")
+    for row in (first, second):
+        assert row["known_by"] == "bytes compiled" and row["fits"]
+        assert row["step_seconds"] is row["mfu"] is row["tokens_per_second_per_chip"] is None
+    # It is what training would compile on these devices.
+    assembly = assemble(resolve(from_saved(first["config"])), jax.devices())
+    assert first["needed_bytes"] == program_bytes(compile_step(assembly))

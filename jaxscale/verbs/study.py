@@ -6,9 +6,11 @@ Each takes the parsed arguments and returns the exit code. Heavy imports wait fo
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
+from typing import TYPE_CHECKING, Any
 
-from jaxscale.config import Config
+from jaxscale.config import Config, ConfigError
 from jaxscale.resolve import resolve
 from jaxscale.verbs.common import (
     DONE,
@@ -20,6 +22,10 @@ from jaxscale.verbs.common import (
     show_notes,
     write_result,
 )
+
+if TYPE_CHECKING:
+    from jaxscale.plan.rank import Row
+    from jaxscale.plan.run import Plan
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -64,13 +70,9 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Rank meshes, remat and batches for a slice of TPUs, and say why."""
+    """Rank meshes, remat and batches for devices that are named or at hand, and say why."""
     config = resolve(needed_config(args))
-    from rich.console import Console
-
-    from jaxscale import runtime
-
-    runtime.stay_on_host()
+    _start_plan(args, config)
     from jaxscale import records, workdir
     from jaxscale.plan import table
     from jaxscale.plan.run import Plan, Request, to_rows
@@ -82,7 +84,6 @@ def plan(args: argparse.Namespace) -> int:
     found = Plan(config, Request(**{**given, **lists}))
     if args.workdir:
         folder = workdir.check_writable(args.workdir) / records.PLAN_DIR
-    console = Console()
 
     def progress(line: str) -> None:
         print(f"jaxscale: {line}", file=sys.stderr, flush=True)
@@ -95,27 +96,68 @@ def plan(args: argparse.Namespace) -> int:
             slice_, short = found.options.slice, found.shortlist()
             lines = table.header(found.config, slice_, short, is_compiled=found.is_compiled)
             print("\n".join(lines))
+        for note in found.notes():
+            print(note)
         if found.is_compiled:
             found.compile(progress, stop=stop.asked)
-    print("\n".join(table.table(found.rows)))
-    print("\n".join(table.why(found.rows)))
-    winner = found.rows[0]
     curves = found.curves()
-    for kept, points in curves.items():
-        print("\n".join(table.curve_lines(kept, points)))
-    if args.price and winner.fits:
-        print(table.price_line(winner, args.price))
-    for part in table.explain(winner.timeline) if args.explain and winner.timeline else []:
-        console.print(part)
-    if winner.fits:
-        overrides = args.overrides
-        print(table.command(args.config, args.workdir, overrides, given=config, row=winner))
+    _show_plan(args, config, found, curves)
     rows = to_rows(found, curves)
     write_result(args, found.config, rows)
     if args.workdir:
         args.json = str(folder / "plan.json")
         write_result(args, found.config, rows)
-    return DONE if winner.fits else FAILED
+    return DONE if found.rows[0].fits else FAILED
+
+
+def _start_plan(args: argparse.Namespace, config: Config) -> None:
+    """Prepare JAX: for devices that are only named it stays on the host."""
+    from jaxscale import runtime
+
+    if args.topology and args.devices:
+        raise ConfigError(
+            f"--topology={args.topology} and --devices={args.devices}: give one of them"
+        )
+    if args.topology:
+        runtime.stay_on_host()
+        return
+    if runtime.process_group(os.environ):
+        raise ConfigError("plan runs in one process; name the devices of several with --topology")
+    # Only the names of GPUs are wanted, and none of their memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    runtime.start(config.runtime, devices=args.devices)
+
+
+def _show_plan(
+    args: argparse.Namespace, config: Config, found: "Plan", curves: dict[str, list[Any]]
+) -> None:
+    """Print the table, why its winner wins, how it scales, and how to train it."""
+    from rich.console import Console
+
+    from jaxscale.plan import table
+
+    winner = found.rows[0]
+    print("\n".join([*table.table(found.rows), *table.why(found.rows)]))
+    for kept, points in curves.items():
+        print("\n".join(table.curve_lines(kept, points)))
+    if args.price and winner.is_timed:
+        print(table.price_line(winner, args.price))
+    for part in table.explain(winner.timeline) if args.explain and winner.timeline else []:
+        Console().print(part)
+    if winner.fits:
+        show_notes(_without_answer(args, winner))
+        overrides = args.overrides
+        print(table.command(args.config, args.workdir, overrides, given=config, row=winner))
+
+
+def _without_answer(args: argparse.Namespace, winner: "Row") -> list[str]:
+    """Say which options have nothing to show of a winner."""
+    notes = []
+    if args.price and not winner.is_timed:
+        notes.append("--price shows nothing: no data sheet has the speed of these devices")
+    if args.explain and not winner.timeline:
+        notes.append("--explain shows nothing: it takes a program that is compiled for TPUs")
+    return notes
 
 
 def sweep(args: argparse.Namespace) -> int:
