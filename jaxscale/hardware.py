@@ -91,8 +91,9 @@ CUBOIDS = (
 )
 
 # What is best to tell the compiler, as far as it can tell itself: `scripts/yardstick.py`. Sums of
-# gradients that run beside matmuls need sums that are not merged; larger tiles of matmuls need
-# more of the vector memory, and cost minutes of compile time.
+# gradients that run beside matmuls need sums that are not merged; where there are sparse cores,
+# these work off collectives; larger tiles of matmuls need more of the vector memory, and cost
+# minutes of compile time.
 BESIDE_MATMULS = (
     ("xla_tpu_enable_async_collective_fusion", "true"),
     ("xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true"),
@@ -101,7 +102,21 @@ BESIDE_MATMULS = (
     ("xla_tpu_overlap_compute_collective_tc", "true"),
     ("xla_jf_crs_combiner_threshold_count", "1"),
 )
-LARGE_TILES = (("xla_tpu_scoped_vmem_limit_kib", "32768"),)
+ON_SPARSE_CORES = (
+    ("xla_enable_async_all_gather", "true"),
+    ("xla_tpu_prefer_async_allgather_to_allreduce", "true"),
+    ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "false"),
+    ("xla_tpu_use_tc_device_shape_on_sc", "true"),
+    ("xla_sc_disable_megacore_partitioning", "true"),
+    ("xla_tpu_enable_sparse_core_collective_offload_all_gather", "true"),
+    ("xla_tpu_enable_sparse_core_collective_offload_2d_all_gather", "true"),
+    ("xla_tpu_enable_sparse_core_collective_offload_all_reduce", "true"),
+    ("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", "true"),
+    ("xla_tpu_enable_all_gather_offload_tracing", "true"),
+    ("xla_tpu_enable_all_reduce_offload_tracing", "true"),
+    ("xla_tpu_enable_reduce_scatter_offload_tracing", "true"),
+)
+TILE_MEMORY = "xla_tpu_scoped_vmem_limit_kib"
 
 # HBM, FLOP/s, network per host: cloud.google.com/tpu/docs, the page of the chip's name.
 # ICI per link, PCIe: jax-ml.github.io/scaling-book "How to Think About TPUs". MXUs: FLOPs per cycle
@@ -140,7 +155,7 @@ TPUS = (
         mxu_size=128,
         topologies=PLANES,
         ring_size=16,
-        compiler_options=(*BESIDE_MATMULS, *LARGE_TILES),
+        compiler_options=(*BESIDE_MATMULS, (TILE_MEMORY, "32768")),
     ),
     Chip(
         name="v5p",
@@ -158,6 +173,7 @@ TPUS = (
         mxu_size=128,
         topologies=(*CUBOIDS, "16x16x24"),
         ring_size=4,
+        compiler_options=(*ON_SPARSE_CORES, (TILE_MEMORY, "32768")),
     ),
     Chip(
         name="v6e",
@@ -175,6 +191,7 @@ TPUS = (
         host_bytes_per_second=32e9,
         topologies=PLANES,
         ring_size=16,
+        compiler_options=(*ON_SPARSE_CORES, (TILE_MEMORY, "98304")),
     ),
     Chip(
         name="tpu7x",

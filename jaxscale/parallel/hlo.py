@@ -13,8 +13,8 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)(?= [\w\-]+\()|\S+
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
-    r"\b(body|condition|calls|to_apply|branch_computations|true_computation|false_computation)"
-    r"=(\{[^}]*\}|%?[\w.\-]+)"
+    r"\b(body|condition|calls|to_apply|branch_computations|true_computation|false_computation"
+    r"|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 # Types whose names do not begin with their bits.
 _BITS = {"pred": 8, "token": 0, "opaque": 0}

@@ -26,10 +26,9 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def main() -> int:
     """Compile what the request says and report bytes; the program's text goes to a file."""
     request = child.read_request()
-    if request["dump"]:
-        # Read by the compiler when it starts.
-        flags = f"--xla_dump_to={request['folder']} --xla_dump_hlo_as_text"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    # Read by the compiler when it starts.
+    flags = f"--xla_dump_to={request['folder']} --xla_dump_hlo_as_text"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     runtime.set_jax_flags()
     config = config_source.from_saved(request["config"])
     started = time.perf_counter()
@@ -70,7 +69,7 @@ def _text(compiled: Any, folder: str) -> str:
     try:
         return str(compiled.as_text())
     except Exception:
-        # jaxlib knows no collectives on sparse cores.
+        # This jaxlib does not know all of a newer compiler's instructions.
         dumps = glob.glob(os.path.join(folder, "**", "*step*after_codegen.txt"), recursive=True)
         if not dumps:
             raise

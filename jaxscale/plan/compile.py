@@ -22,6 +22,7 @@ from jaxscale import config_source, records, runtime
 from jaxscale.child import run_child
 from jaxscale.config import Config
 from jaxscale.data.workers import Stop, never
+from jaxscale.hardware import TILE_MEMORY
 from jaxscale.plan.describe import ENVIRONMENT, compiler, description
 from jaxscale.plan.torus import Slice
 from jaxscale.plan.words import refused_option
@@ -52,9 +53,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax")
 TIMEOUT_SECONDS = 1800.0
 # Compiler options that take minutes each, and make the tiles of matmuls larger; left out where
 # candidates are only compared.
-SLOW_OPTIONS = ("xla_tpu_scoped_vmem_limit_kib",)
-# JAX cannot read programs with collectives on sparse cores; the compiler's own dump can be.
-SPARSE_CORE = "sparse_core"
+SLOW_OPTIONS = (TILE_MEMORY,)
 
 
 def quick(options: Options) -> Options:
@@ -200,7 +199,6 @@ def _compile(job: Job, *, stop: Stop) -> Compiled:
         "options": dict(job.options),
         "text": str(partial),
     }
-    request["dump"] = any(SPARSE_CORE in name for name, _ in job.options)
     try:
         outcome = run_child(
             COMMAND, request, timeout=TIMEOUT_SECONDS, stop=stop, environment=ENVIRONMENT

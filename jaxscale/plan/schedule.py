@@ -31,10 +31,9 @@ from jaxscale.parallel.program import (
 # Memory spaces in a layout: the vector memory of a core, and the host's.
 VMEM, HOST = "S(1)", "S(5)"
 # Calls, and what other cores work off meanwhile.
-ASYNC = (
-    *("call", "call-start", "call-update", "call-done"),
-    *("async-start", "async-update", "async-done"),
-)
+ASYNC = ("call", "async", "custom-call")
+# What moves values ahead of time, or to the host and back.
+COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 # What the compiler writes where it could estimate nothing.
 UNKNOWN_CYCLES = 2**63 - 1
 # Before the kind of what goes between slices.
@@ -166,15 +165,18 @@ class _Reader:
             return list(self.events(branches[-1][1]))
         if opcode == "custom-call":
             return self._custom_call(instruction, around)
-        if opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+        base = opcode.removesuffix("-start").removesuffix("-update").removesuffix("-done")
+        if base in COLLECTIVES:
             return self._collective(instruction, around)
-        if opcode in ASYNC:
-            return self._async(instruction)
+        if base in ASYNC:
+            return self._async(instruction, around)
         if opcode == "fusion":
             return self._fusion(instruction, around)
         if opcode in ("send", "recv", "send-done", "recv-done"):
             return _across_slices(instruction)
-        if opcode.endswith(("-start", "-done")):
+        if base != opcode:
+            if base not in COPIES:
+                raise ConfigError(f"the planner cannot tell the time of {opcode}")
             return _copy(instruction, around)
         return [self._operation(instruction, around)]
 
@@ -185,12 +187,17 @@ class _Reader:
         send = Send(name, collective_of(instruction, around, self._mesh))
         return [send] if opcode.endswith("-start") else [send, Wait(name)]
 
-    def _async(self, instruction: Instruction) -> list[Event]:
+    def _async(self, instruction: Instruction, around: Computation) -> list[Event]:
         """Read what another core works off: a collective on a sparse core."""
         if instruction.opcode.endswith("-done"):
-            return [Wait(instruction.operands[0])]
+            start = around[instruction.operands[0]]
+            while start.opcode.endswith("-update"):
+                start = around[start.operands[0]]
+            return [Wait(start.name)]
         if instruction.opcode.endswith("-update"):
             return []
+        if not instruction.called:
+            return self._custom_call(instruction, around)
         inner = self.events(next(iter(instruction.called.values()))[0])
         sends = [event for event in inner if isinstance(event, Send)]
         if instruction.opcode == "call" or not sends:

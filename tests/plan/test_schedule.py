@@ -128,6 +128,33 @@ def test_a_collective_is_waited_for_at_once_or_where_it_ends() -> None:
     assert sent.collective.payload_bytes == 64 * 64 * 2
 
 
+def test_a_sparse_core_works_off_collectives_meanwhile() -> None:
+    before = f"""{SUM}
+%worked_off (p: bf16[64,64]) -> bf16[64,64] {{
+  %p0 = bf16[64,64]{{1,0}} parameter(0)
+  ROOT %all = bf16[64,64]{{1,0}} all-reduce(%p0), replica_groups={{{{0,1,2,3}}}}, to_apply=%sum
+}}, execution_thread="sparsecore"
+"""
+    lines = (
+        '%start = (()) custom-call-start(), async_execution_thread="sparsecore", '
+        'custom_call_target="x", called_computations={%worked_off}',
+        "%busy = bf16[64,64]{1,0} copy(%p)",
+        "%update = (()) custom-call-update(%start)",
+        "%done = bf16[64,64]{1,0} custom-call-done(%update)",
+    )
+    sent, _, waited = read_schedule(program(*lines, before=before))
+    assert isinstance(sent, Send) and isinstance(waited, Wait)
+    assert sent.on_sparse_core and sent.key == waited.key == "start"
+    assert sent.collective and sent.collective.payload_bytes == 64 * 64 * 2
+
+
+@pytest.mark.parametrize("opcode", ["custom-call-start", "dance-start"])
+def test_what_nobody_can_time_is_an_error(opcode: str) -> None:
+    line = f'%s = bf16[64,64]{{1,0}} {opcode}(%p), custom_call_target="polka"'
+    with pytest.raises(ConfigError, match="cannot tell the time of"):
+        read_schedule(program(line))
+
+
 def test_what_only_moves_is_known_by_its_bytes() -> None:
     lines = (f"%{op} = bf16[64,64]{{1,0}} {op}(%p), {CYCLES % 12}" for op in ("copy", "tanh"))
     events = read_schedule(program(*lines))
