@@ -262,9 +262,11 @@ def test_rotary_positions_that_start_anew_on_each_shard(
 ) -> None:
     right = layers.rotary
 
-    def faulty(x_BLNH: jax.Array, positions_BL: jax.Array, model: ModelConfig) -> jax.Array:
+    def faulty(
+        x_BLNH: jax.Array, positions_BL: jax.Array, model: ModelConfig, **scale: float
+    ) -> jax.Array:
         own = x_BLNH.shape[1] // jax.sharding.get_abstract_mesh().shape["sequence"]
-        return right(x_BLNH, positions_BL % own, model)
+        return right(x_BLNH, positions_BL % own, model, **scale)
 
     monkeypatch.setattr(layers, "rotary", on_mesh_only(right, faulty))
     code, rows, _ = run("--meshes=sequence=8", "--only=meshes", "--steps=1")
