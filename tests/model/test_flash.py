@@ -253,7 +253,7 @@ def test_chunked_needs_memory_linear_in_length() -> None:
 def test_flash_on_a_tpu_needs_memory_linear_in_length(tpu_devices: list[Any]) -> None:
     lengths = (2048, 32768)
     # Rows enough that little of it fits the chip's vector memory, which is not counted.
-    found = temporary_bytes("flash", lengths, devices=tpu_devices, rows=16)
+    found = temporary_bytes("flash", lengths, devices=tpu_devices, rows=24)
     assert exponent(lengths, found) <= MAX_EXPONENT
 
 
