@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = {Job(*found): None for found in generated(args.count, args.seed)}
     whole, peak = [], []
     for job, compiled in compile_all(list(jobs)):
+        if compiled.error:
+            print(f"{job.slice.name} could not be compiled: {compiled.error}")
+            return 1
         found = candidate(job.config, job.slice)
         closed = closed_bytes(found)
         print(line(found, job, closed, compiled), flush=True)
