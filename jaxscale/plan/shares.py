@@ -33,4 +33,4 @@ class Shares:
 
 
 # Fitted by scripts/backtest.py --rows docs/published_tpu_runs.csv --fit
-SHARES = Shares(matmul=0.81, vector=0.72, hbm=0.88, ici=0.95, dcn=0.60)
+SHARES = Shares(matmul=0.83, vector=0.83, hbm=0.82, ici=0.84, dcn=0.60)
