@@ -61,51 +61,35 @@ class Gpu:
 
 
 # SMs, units, L2 and clock: NVIDIA's white papers "A100 Tensor Core GPU Architecture" and "H100
-# Tensor Core GPU Architecture", the H200 being an H100 with another memory; of the B200, what CUDA
-# reports. Shared memory: CUDA C++ Programming Guide, by compute capability. Memory: the total
-# capacity in PyTorch's out-of-memory errors.
+# Tensor Core GPU Architecture"; of the B200, what CUDA reports. Shared memory: CUDA C++ Programming
+# Guide, by compute capability. Memory: the total capacity in PyTorch's out-of-memory errors.
+_A100 = Gpu(
+    capability=(8, 0),
+    num_sms=108,
+    lanes_per_sm=64,
+    shared_bytes_per_sm=164 * KIB,
+    l2_bytes=40 * KIB**2,
+    clock_hertz=1.41e9,
+    memory_bytes=int(79.1 * GIB),
+)
+_H100 = Gpu(
+    capability=(9, 0),
+    num_sms=132,
+    lanes_per_sm=128,
+    shared_bytes_per_sm=228 * KIB,
+    l2_bytes=50 * KIB**2,
+    clock_hertz=1.98e9,
+    memory_bytes=int(79.1 * GIB),
+)
 GPUS = {
-    "a100": Gpu(
-        capability=(8, 0),
-        num_sms=108,
-        lanes_per_sm=64,
-        shared_bytes_per_sm=164 * KIB,
-        l2_bytes=40 * KIB**2,
-        clock_hertz=1.41e9,
-        memory_bytes=int(79.1 * GIB),
-    ),
-    "a100-40gb": Gpu(
-        capability=(8, 0),
-        num_sms=108,
-        lanes_per_sm=64,
-        shared_bytes_per_sm=164 * KIB,
-        l2_bytes=40 * KIB**2,
-        clock_hertz=1.41e9,
-        memory_bytes=int(39.4 * GIB),
-    ),
-    "h100": Gpu(
-        capability=(9, 0),
-        num_sms=132,
-        lanes_per_sm=128,
-        shared_bytes_per_sm=228 * KIB,
-        l2_bytes=50 * KIB**2,
-        clock_hertz=1.98e9,
-        memory_bytes=int(79.1 * GIB),
-    ),
-    "h200": Gpu(
-        capability=(9, 0),
-        num_sms=132,
-        lanes_per_sm=128,
-        shared_bytes_per_sm=228 * KIB,
-        l2_bytes=50 * KIB**2,
-        clock_hertz=1.98e9,
-        memory_bytes=int(139.7 * GIB),
-    ),
-    "b200": Gpu(
+    "a100": _A100,
+    "a100-40gb": dataclasses.replace(_A100, memory_bytes=int(39.4 * GIB)),
+    "h100": _H100,
+    "h200": dataclasses.replace(_H100, memory_bytes=int(139.7 * GIB)),
+    "b200": dataclasses.replace(
+        _H100,
         capability=(10, 0),
         num_sms=148,
-        lanes_per_sm=128,
-        shared_bytes_per_sm=228 * KIB,
         l2_bytes=129536 * KIB,
         clock_hertz=1.965e9,
         memory_bytes=int(178.3 * GIB),
