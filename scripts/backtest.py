@@ -131,7 +131,7 @@ def real_planner(runs: Sequence[Run], **compiling: Any) -> Planned:
             compiled,
             shares=shares,
             is_causal=not run.full_square_attention,
-            has_small_tiles=job.lacks_slow_options(run.options),
+            wanted=run.options,
         )
         # Copies to the host and back hide behind computation, as far as there is enough of it.
         copied = 2 * run.extra_host_bytes + sum(

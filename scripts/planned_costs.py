@@ -124,8 +124,7 @@ def figures(job: Job, compiled: Compiled) -> dict[str, float]:
     """
     if compiled.text is None:
         raise RuntimeError(compiled.error or f"no room for {compiled.needed_bytes:,} bytes")
-    wanted = job.slice.chip.compiler_options
-    line = predict_step(job, compiled, has_small_tiles=job.lacks_slow_options(wanted))
+    line = predict_step(job, compiled)
     return {
         "seconds": line.seconds,
         "bytes": compiled.peak_bytes,

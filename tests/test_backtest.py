@@ -201,7 +201,7 @@ def test_what_only_the_published_program_offloads_is_waited_for(
     seen = []
 
     def step(job: Any, compiled: Any, **known: Any) -> timeline.Timeline:
-        seen.append((known["is_causal"], known["has_small_tiles"]))
+        seen.append((known["is_causal"], job.lacks_slow_options(known["wanted"])))
         return timeline.Timeline(1.0, {"ICI": 1.0, "host": 0.0}, {}, (), 0.0)
 
     def predicted(text: str | None) -> Prediction:

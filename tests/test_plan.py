@@ -17,7 +17,8 @@ from jaxscale.parallel.program import program_bytes
 from jaxscale.plan import compile as compiling
 from jaxscale.plan.boundary import Search
 from jaxscale.plan.child import _failure
-from jaxscale.plan.compile import Job, compile_all
+from jaxscale.plan.compile import Compiled, Job, compile_all
+from jaxscale.plan.predict import predict_step
 from jaxscale.plan.rank import AS_TRAINED, Options, Row, shortlist
 from jaxscale.plan.run import Plan, Request, make_options
 from jaxscale.plan.space import REMATS
@@ -244,6 +245,22 @@ def small(*knobs: tuple[str, str]) -> Any:
     """Return a small config, resolved."""
     overrides = [("model.attention", "flash"), ("model.num_layers", "2"), *knobs]
     return resolve(load("configs/lm.py:tiny", overrides))
+
+
+def test_a_step_without_its_slow_options_is_priced_as_if_it_had_them() -> None:
+    slice_ = parse_topology("v6e:2x2")
+    dot = (
+        "ENTRY %main (p: bf16[64,64]) -> bf16[64,64] {\n  %p = bf16[64,64]{1,0} parameter(0)\n"
+        "  ROOT %d = bf16[64,64]{1,0} dot(%p, %p), lhs_contracting_dims={1}, "
+        'rhs_contracting_dims={0}, backend_config={"estimated_cycles":"900000"}\n}\n'
+    )
+    compiled = Compiled(dot, 0, 0, 0, 0, 0, 0.0)
+    config, trained = small(("mesh.data", "4")), slice_.chip.compiler_options
+    whole, lacking = (Job(config, slice_, o) for o in (trained, compiling.quick(trained)))
+    full = predict_step(whole, compiled).seconds
+    assert full == pytest.approx(900_000 / slice_.chip.clock_hertz)
+    assert predict_step(lacking, compiled).seconds < full
+    assert predict_step(lacking, compiled, wanted=()).seconds == full
 
 
 def test_the_compiler_has_the_last_word(

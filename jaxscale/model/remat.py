@@ -97,7 +97,10 @@ def _keep_activations(primitive: Any, *operands: Any, **params: Any) -> bool:
 
 
 def _turns(operands: tuple[Any, ...]) -> bool:
-    """Tell whether a product turns features, as rotary positions do on TPUs: no weights are 2-D."""
+    """Tell whether a product turns features, as rotary positions do on TPUs.
+
+    Nothing else multiplies heads, which are 4-D, by a matrix: their weights are 3-D.
+    """
     return sorted(operand.ndim for operand in operands) == [2, 4]
 
 

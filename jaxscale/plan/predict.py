@@ -5,7 +5,7 @@ import functools
 
 from jaxscale.config import MeshConfig
 from jaxscale.parallel.mesh import abstract_mesh, device_grid
-from jaxscale.plan.compile import Compiled, Job
+from jaxscale.plan.compile import Compiled, Job, Options
 from jaxscale.plan.kernels import Attention
 from jaxscale.plan.schedule import Event, read_schedule
 from jaxscale.plan.shares import SHARES, Shares
@@ -19,7 +19,7 @@ def predict_step(
     *,
     shares: Shares = SHARES,
     is_causal: bool = True,
-    has_small_tiles: bool = False,
+    wanted: Options | None = None,
 ) -> Timeline:
     """Return the predicted time line of a step that the compiler found room for.
 
@@ -28,14 +28,16 @@ def predict_step(
       compiled: what came out.
       shares: what of the chip's peaks is achieved.
       is_causal: False where attention is to compute the masked half of its pairs too.
-      has_small_tiles: whether an option that makes matmuls' tiles larger was left out.
+      wanted: the compiler's options that the step is to run with, of which the slow ones, those
+        that make matmuls' tiles larger, may have been left out; the chip's own by default.
 
     Raises:
       ConfigError: the program calls a kernel whose time nobody knows.
     """
     assert compiled.text is not None
     prices = prices_of(job, shares=shares, is_causal=is_causal)
-    prices = dataclasses.replace(prices, has_small_tiles=has_small_tiles)
+    wanted = job.slice.chip.compiler_options if wanted is None else wanted
+    prices = dataclasses.replace(prices, has_small_tiles=job.lacks_slow_options(wanted))
     return predict(schedule_of(compiled.text, job), prices)
 
 

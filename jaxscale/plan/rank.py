@@ -253,8 +253,7 @@ def _compiled_row(candidate: Candidate, job: Job, compiled: Compiled, known_by: 
     if not COMPILERS[job.slice.chip.platform].knows_time:
         return _bytes_row(candidate, job.slice, compiled)
     if compiled.has_room:
-        wanted = job.slice.chip.compiler_options
-        timeline = predict_step(job, compiled, has_small_tiles=job.lacks_slow_options(wanted))
+        timeline = predict_step(job, compiled)
         seconds, bound = timeline.seconds, timeline.bound
     else:
         timeline, seconds, bound = None, math.nan, "memory"

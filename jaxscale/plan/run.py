@@ -19,7 +19,7 @@ from jaxscale.parallel.mesh import AXES, parse_mesh
 from jaxscale.plan import nvidia
 from jaxscale.plan.at_hand import slice_of
 from jaxscale.plan.boundary import Boundary, Search, closed_boundaries, compiled_boundaries
-from jaxscale.plan.compile import SLOW_OPTIONS
+from jaxscale.plan.compile import quick
 from jaxscale.plan.curve import CurvePoint, scaling_curve
 from jaxscale.plan.describe import compilable, compiler
 from jaxscale.plan.rank import Options, Progress, Row, Shortlist, compile_rows, ranked
@@ -182,8 +182,8 @@ class Plan:
         options = self.options
         if not self.is_search:
             self.rows = compile_rows(self.rows, options, progress=progress, stop=stop)
-        chip_options = dict(options.slice.chip.compiler_options)
-        if any(name in chip_options for name in SLOW_OPTIONS):
+        as_trained = options.slice.chip.compiler_options
+        if quick(as_trained) != as_trained:
             best = [row for row in self.rows if row.fits][:NUM_FINALISTS]
             final = compile_rows(best, options, as_trained=True, progress=progress, stop=stop)
             done = {row.candidate: row for row in final if row.fits}
